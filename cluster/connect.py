@@ -48,7 +48,7 @@ def ray_connection() -> Iterator[dict[str, float]]:
     common_options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
         _check_port_open(address)
-    if os.environ.get("RAY_AUTH_MODE") != "token":
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         logger.warning(
             "ray: token authentication is off (RAY_AUTH_MODE is not token, or ray was imported before rluf): anyone "
             "who reaches this Ray cluster can run programs on it; set RAY_AUTH_MODE=token before ray is imported"

@@ -1,0 +1,121 @@
+"""The feedback store where ids repeat, a disk changed a row, or a killed writer left half a file."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from rluf.errors import DataError
+from rluf.prepare.readers.feedback_folder import read_late_reactions
+from rluf.prepare.schema import ChatMessage
+from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore, PreferenceEvent
+from tests.serve.test_store import FakeClock, make_record, make_served_event, open_store, read_rows
+
+LEFTOVERS = {
+    "rows": "date=2026-01-31/.feedback-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "late reactions": "_reactions/date=2026-01-31/.reactions-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "choices": "_preferences/date=2026-01-31/.preferences-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "a merge": "date=2026-01-29/.feedback-merged-0a1b2c3d4e5f.parquet.1234abcd.part",
+    "an erasure": "date=2025-01-29/.feedback-merged-0a1b2c3d4e5f.parquet.ffffffff.part",
+    "no day": ".feedback-20250131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+}
+"""What SIGKILL leaves of a file that is being written: the texts of users, also of those who are erased later."""
+FOREIGN_FILES = ("notes.part", "date=2026-01-31/x.parquet.part", "date=2026-01-31/.x.part", "writer=b/date=1/.y.txt")
+"""Files that are not half-written files of this store."""
+
+
+@pytest.mark.parametrize("is_by_url", [False, True])
+def test_half_written_files_are_deleted_at_the_start(tmp_path: Path, is_by_url: bool) -> None:
+    of_other_writer = f"writer=b/{LEFTOVERS['rows']}"  # it may still run
+    for path in (*LEFTOVERS.values(), *FOREIGN_FILES, of_other_writer):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"a text of ann")
+    root = tmp_path.as_uri() if is_by_url else str(tmp_path)
+    store = FeedbackStore(root, tmp_path / ".log", reaction_window_s=0, clock=FakeClock())
+    store.start()
+    assert not [name for name, path in LEFTOVERS.items() if (tmp_path / path).exists()]
+    assert all((tmp_path / path).exists() for path in (of_other_writer, *FOREIGN_FILES))
+    store.append_events([make_served_event("a")])
+    store.flush_settled()
+    assert set(read_rows(tmp_path)) == {"a"}
+    store.close()
+    other = FeedbackStore(str(tmp_path / "writer=b"), tmp_path / "writer=b" / ".log", reaction_window_s=0)
+    other.start()
+    assert not (tmp_path / of_other_writer).exists()
+
+
+DAMAGES = {
+    "no JSON": "UPDATE rows SET record = substr(record, 1, 40) WHERE id = 'b'",
+    "a field is missing": "UPDATE rows SET record = replace(record, '\"response\"', '\"resp0nse\"') WHERE id = 'b'",
+    "a byte of the response": "UPDATE rows SET record = replace(record, 'Answer b', 'Answer c') WHERE id = 'b'",
+    "a byte of the message": "UPDATE rows SET record = replace(record, 'Grüße', 'Grüsse') WHERE id = 'b'",
+    "another user": "UPDATE rows SET record = replace(record, '\"u\"', '\"v\"') WHERE id = 'b'",
+    "an empty record": "UPDATE rows SET record = '' WHERE id = 'b'",
+}
+"""What a disk may do to an open row."""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_row_is_named_and_no_row_is_written_in_its_place(tmp_path: Path, damage: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), make_served_event("b", "d"), make_served_event("c", "e")])
+    store.close()
+    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+        assert connection.execute(DAMAGES[damage]).rowcount == 1
+    connection.close()
+    store = open_store(tmp_path, clock)
+    with pytest.raises(DataError, match=rf"{DATABASE_FILE}: row b is damaged; restore the file from a backup, or"):
+        store.flush_settled(all_rows=True)
+    assert store.append_events([PreferenceEvent("a", "b"), FeedbackEvent("a", "love")]) == ["unreadable", "stored"]
+    store.close()
+    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+        connection.execute("DELETE FROM rows WHERE id = 'b'")
+    connection.close()
+    assert open_store(tmp_path, clock).flush_settled(all_rows=True) == 2
+    assert {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} == {"a": "love", "c": None}
+
+
+REPEATED_CONTENT: list[tuple[dict[str, object], str]] = [
+    ({}, "duplicate"), ({"reaction": "love"}, "duplicate"), ({"turn": 3, "topic": "news"}, "duplicate"),
+    ({"response": "Another one."}, "conflict"), ({"user_id": "eve"}, "conflict"),
+    ({"messages": [ChatMessage(role="user", content="Bye")]}, "conflict"), ({"conversation_id": "d"}, "conflict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["open", "settled", "merged", "database lost", "settled by the last release"])
+def test_another_response_under_a_stored_id_is_a_conflict(tmp_path: Path, state: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    ids = [f"r{i}" for i in range(len(REPEATED_CONTENT))]
+    store.append_events([FeedbackEvent(row_id, "love", make_record(row_id)) for row_id in ids])
+    if state != "open":
+        store.flush_settled(all_rows=True)
+    if state == "merged":
+        store.append_events([make_served_event("other")])
+        store.flush_settled(all_rows=True)
+        clock.now += 3 * 86_400
+        assert store.merge_days() == 2
+    elif state == "database lost":
+        store.close()
+        (tmp_path / ".log" / DATABASE_FILE).unlink()
+        store = open_store(tmp_path, clock)
+    elif state == "settled by the last release":
+        store.close()
+        with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+            connection.execute("ALTER TABLE rows DROP COLUMN content")
+        connection.close()
+        store = open_store(tmp_path, clock)
+    for row_id, (changes, outcome) in zip(ids, REPEATED_CONTENT, strict=True):
+        record = make_record(row_id).model_copy(update=changes)
+        expected = "duplicate" if state == "settled by the last release" else outcome  # it stored no hash
+        events = [FeedbackEvent(row_id, reaction, record) for reaction in (None, "love")]
+        assert store.append_events(events) == [expected] * 2, changes
+        if expected == "conflict":  # a reaction to the other response must not count for this one
+            assert store.append_events([FeedbackEvent(row_id, "dislike", record)]) == ["conflict"]
+    assert store.append_events([FeedbackEvent("r0", "like")]) == ["stored" if state == "open" else "late"]
+    store.flush_settled(all_rows=True)
+    reactions = {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} | read_late_reactions(tmp_path)
+    assert {row_id: reactions[row_id] for row_id in ids} == dict.fromkeys(ids, "love") | {"r0": "like"}
