@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 
@@ -426,6 +427,8 @@ def build(args: dict[str, Any]) -> Application:
 
 def _read_proxy_host() -> str | None:
     """Address at which the proxies of the running Ray Serve listen; None without one."""
+    if not ray.is_initialized():  # the call below would start Ray
+        return None
     # Ray Serve has no public function for this.
     client = serve.context._get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.http_config.host

@@ -238,6 +238,7 @@ def test_a_local_service_is_not_built_behind_proxies_that_other_machines_reach(
     monkeypatch: pytest.MonkeyPatch, host: str, proxy_host: str | None, is_refused: bool
 ) -> None:
     client = None if proxy_host is None else SimpleNamespace(http_config=SimpleNamespace(host=proxy_host))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda **_: client)
     arguments = {"overrides": [f"serve.host={host}", "serve.objectives=[love]"]}
     with pytest.raises(SettingsError if is_refused else ModelError) as error:  # no model is named
