@@ -120,3 +120,27 @@ def test_the_watch_of_the_parent_starts_before_the_model_is_loaded(
     monkeypatch.setattr(executor.__base__, "_init_executor", lambda self: calls.append("load"))
     executor._init_executor(object.__new__(executor))
     assert calls == ["watch", "load"]
+
+
+@pytest.mark.parametrize(
+    ("head_path", "is_loaded"),
+    [("", False), ("lm_head", True), ("language_model.lm_head", True), ("score_head", False)],
+)
+def test_a_tied_head_is_loaded_where_the_engines_model_has_one(
+    head_path: str, is_loaded: bool, engine: worker.CheckedTransferEngine, tmp_path: Path
+) -> None:
+    """Gemma has none in vLLM, which refuses the weight; the learner sends it all the same."""
+    embedding = {"model.embed_tokens.weight": torch.randn(3, 4)}
+    save_file(embedding, tmp_path / "model.safetensors")
+    engine.model_config.hf_config.tie_word_embeddings = True
+    module = engine.model
+    for name in head_path.split(".") if head_path else []:
+        module.add_module(name, torch.nn.Module())
+        module = module.get_submodule(name)
+    sender = ShmSender()
+    connect(engine, sender)
+    receive(engine, sender, {**embedding, "lm_head.weight": embedding["model.embed_tokens.weight"]})
+    engine.finish_weight_update()
+    assert engine.problem is None
+    assert set(engine.model.loaded) == {*embedding, *(["lm_head.weight"] if is_loaded else [])}
+    sender.close()

@@ -116,9 +116,15 @@ class CheckedTransferEngine(WeightTransferEngine[TransferInitInfo, BucketUpdateI
         if self.problem is None:
             self._record_problem(lambda: manifest.check_bucket(receiver.list_tensors(bucket_info)))
         if self.problem is None:
-            self._record_problem(lambda: receiver.receive_bucket(bucket_info, self.model.load_weights))
+            self._record_problem(lambda: receiver.receive_bucket(bucket_info, self._load_weights))
         elif receiver.receives_rejected:
             receiver.receive_bucket(bucket_info, _discard_weights)
+
+    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        # Some models (Gemma) compute logits from the embedding itself, and vLLM refuses a head that they do not have.
+        if not any(name.rpartition(".")[2] == "lm_head" for name, _ in self.model.named_modules()):
+            weights = ((name, weight) for name, weight in weights if name != "lm_head.weight")
+        return self.model.load_weights(weights)
 
     def finish_weight_update(self) -> None:
         """Put the new weights in place and record missing tensors."""
