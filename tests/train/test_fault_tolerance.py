@@ -12,6 +12,8 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import chaos
@@ -114,6 +116,38 @@ def test_a_stopped_run_saves_a_checkpoint_and_ends_the_same_when_resumed(
     assert "step-9" in log and "no complete.json" in log
     assert_same_result(run_folder, undisturbed)
     assert json.loads((run_folder / "outcome.json").read_text()) == {"base": 4, "aligned": 4}
+
+
+def write_logged_rows(data_folder: Path) -> None:
+    """Reactions and pairs for the algorithms that train on the log alone."""
+    rows = [
+        {"id": f"r{i}", "topic": "chat", "messages": [{"role": "user", "content": f"Question {i}?"}], "label": i % 2,
+         "response": f"Answer {i}", "chosen": f"Yes, {i}", "rejected": f"No, {i}"}
+        for i in range(24)
+    ]  # fmt: skip
+    for objective in ("love", "helpfulness"):
+        (data_folder / objective).mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), data_folder / objective / "train.parquet")
+
+
+@pytest.mark.parametrize("name", ["kto", "sft", "dpo"])
+def test_a_stopped_run_on_the_log_alone_ends_the_same_when_resumed(
+    work_folder: Path, ray_head: chaos.RayHead, name: str
+) -> None:
+    write_logged_rows(work_folder / "data")
+    overrides = (f"algorithm.name={name}", "algorithm.steps=8", "rollout.max_response_tokens=24")
+    with start_run(work_folder, ray_head, f"{name}-undisturbed", *overrides) as (process, undisturbed):
+        wait_for_success(process, undisturbed)
+    with start_run(work_folder, ray_head, f"{name}-stopped", *overrides) as (process, run_folder):
+        chaos.wait_for_step(process, run_folder, 2, RUN_TIMEOUT_S)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, read_output(run_folder)[-3000:]
+    steps_done = len(read_metrics(run_folder))
+    assert 2 <= steps_done < 8
+    with start_run(work_folder, ray_head, f"{name}-stopped", *overrides, f"run.resume={run_folder}") as (process, _):
+        wait_for_success(process, run_folder)
+    assert f"resuming after step {steps_done}" in (run_folder / "run.log").read_text()
+    assert_same_result(run_folder, undisturbed)
 
 
 def test_resuming_with_other_settings_is_refused_with_both_values(
