@@ -157,6 +157,7 @@ def find_free_port() -> int:
 
 
 def spawn_ranks(cases: list[tuple[int, dict[str, Any]]], tmp_path: Path) -> None:
+    """Run the cases on two ranks, which contain the assertions: mp.spawn raises what fails in either."""
     model_path = resolve_model("tiny", tmp_path / "cache")
     mp.spawn(run_rank, args=(find_free_port(), cases, str(model_path), str(tmp_path)), nprocs=2)
 
