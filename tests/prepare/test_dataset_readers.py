@@ -148,6 +148,7 @@ def test_xiaomi_counts_become_at_most_eight_rows_per_reply_of_one_user_per_query
     ]
     assert len({row["user_id"] for row in rows}) == 1
     assert len({row["id"] for row in rows}) == 13
+    assert sum((Counter(row["_notes"]) for row in rows), Counter()) == {"reactions beyond 8 to one response": 32}
     without_reactions = {"query": "在吗", "replys": [{"reply": "嗯", "like": 0, "dislike": 0}]}
     assert DATASET_READERS["xiaomi"].read_item(without_reactions, OPTIONS) == [SkippedRow("no reaction")]
     with pytest.raises(ValueError, match="counts"):

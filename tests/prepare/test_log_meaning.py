@@ -12,6 +12,7 @@ import pytest
 
 from rluf.errors import DataError
 from rluf.prepare.labels import LabelRules, check_reactions, normalize_reaction
+from rluf.prepare.readers.chats import RowShapeError
 from rluf.prepare.readers.columns import name_reactions
 from rluf.prepare.schema import MAX_MESSAGES, PreferenceRecord, RejectedRow, validate_json_rows
 from tests.prepare.product_samples import ProductSample, assistant, user
@@ -46,6 +47,48 @@ def test_every_row_of_a_chat_with_equal_replies_has_its_own_context(tmp_path: Pa
     row = {"conversation_hash": "h", "model": "m", "timestamp": TIME, "conversation": REPEATED}
     rows, _ = read_chat_rows("wildchat", row, tmp_path)
     assert sorted(len(row["messages"]) for row in rows) == [1, 3]
+
+
+TREE = [("m0", None), ("m1", "m0"), ("m2", "m1"), ("m3", "m2")]
+"""Ids and parents of q1, the reply to it, q2 and the reply to it."""
+MISSING = {"messages missing above others in their chat": 1}
+
+
+@pytest.mark.parametrize(
+    ("parents", "context", "notes"),
+    [({}, ["q1", "ok", "q2"], {}), ({"m0": "root"}, ["q1", "ok", "q2"], {}), ({"m0": "m0"}, ["q1", "ok", "q2"], {}),
+     ({"m2": "root"}, ["q2"], {}), ({"m0": "root", "m2": "gone"}, ["q2"], MISSING),
+     ({"m0": "root", "m1": "gone"}, ["ok", "q2"], MISSING),
+     *((loop, None, {}) for loop in ({"m2": "m3"}, {"m1": "m2"}, {"m0": "m3"}, {"m0": "m1"}, {"m0": "m2"}))],
+)  # fmt: skip
+def test_trees_with_loops_and_holes(
+    tmp_path: Path, parents: dict[str, str], context: list[str] | None, notes: dict[str, int]
+) -> None:
+    changed = dict(TREE) | parents
+    chat = [message | {"id": name, "parentId": changed[name]} for message, name in zip(REPEATED, changed, strict=True)]
+    loop = "the parents of the messages form a loop"
+    if context is None:
+        with pytest.raises(RowShapeError, match=loop):
+            convert(foreign_row(0, m=chat, k="m3"), message="k")
+    else:
+        row, row_notes = convert(foreign_row(0, m=chat, k="m3"), message="k")
+        assert [message["content"] for message in row["messages"]] == context and notes.items() <= row_notes.items()
+        assert ("missing above" in str(row_notes)) is bool(notes)
+    row = {"id": "c", "createdAt": TIME, "userId": "u", "messages": chat}
+    other = {
+        "id": "d",
+        "createdAt": TIME,
+        "userId": "u",
+        "messages": [user("q") | {"id": "d0"}, chat[3] | {"id": "d1"}],
+    }
+    sample = ProductSample("x", "feedback", {"reader": "vercel"}, [row, other], {})
+    result, rows, _ = read_sample(sample, tmp_path)
+    (rejected,) = [count for count in result["row_counts"] if "loop" in count.reason] or [None]
+    if context is None:
+        assert rejected is not None and rejected.outcome == "quarantined" and [row["id"] for row in rows] == ["d1"]
+        assert rejected.example_location.endswith(":1") and loop in rejected.reason
+    else:
+        assert rejected is None and notes.items() <= result["notes"].items()
 
 
 @pytest.mark.parametrize("parents", [False, True])

@@ -375,28 +375,40 @@ def _read_part(item: object, notes: Counter[str]) -> str | None:
     return None
 
 
-def index_parents(messages: Sequence[ChatMessage]) -> dict[ChatMessage, ChatMessage] | None:
-    """Each message's parent, of those that have one in the chat; None if no message has, as in a plain list."""
+def index_parents(messages: Sequence[ChatMessage], notes: Counter[str]) -> dict[ChatMessage, ChatMessage] | None:
+    """Each message's parent, of those that have one in the chat; None if no message has, as in a plain list.
+
+    Roots name no parent, themselves, or one id that is of no message; more such ids are of messages that are missing.
+    """
     by_id = {message_id: message for message in messages for message_id in message.ids}
     parents = {message: by_id[message.parent] for message in messages if message.parent in by_id}
+    parents = {message: parent for message, parent in parents.items() if parent is not message}
+    if parents:
+        unknown_ids = {message.parent for message in messages} - {None, *by_id}
+        notes["messages missing above others in their chat"] += max(0, len(unknown_ids) - 1)
     return parents or None
 
 
 def collect_thread(
     messages: Sequence[ChatMessage], last: ChatMessage, parents: Mapping[ChatMessage, ChatMessage] | None
 ) -> list[ChatMessage]:
-    """Messages that lead to `last`, inclusive: by parent (index_parents), else those before it in the list."""
+    """Messages that lead to `last`, inclusive: by parent (index_parents), else those before it in the list.
+
+    Raises RowShapeError for parents that lead back to a message: what preceded it is then unknown.
+    """
     if parents is None:
         return list(messages[: messages.index(last) + 1])
     thread = {last: None}
-    while (parent := parents.get(last)) is not None and parent not in thread:
+    while (parent := parents.get(last)) is not None:
+        if parent in thread:
+            raise RowShapeError("the parents of the messages form a loop")
         thread[parent] = None
         last = parent
     return list(thread)[::-1]
 
 
 def split_at_response(
-    messages: Sequence[ChatMessage], rated_message: str | None = None
+    messages: Sequence[ChatMessage], notes: Counter[str], rated_message: str | None = None
 ) -> tuple[list[ChatMessage], str | None, bool]:
     """Context, response, and whether a user wrote after it; the response is the rated message, else the last one.
 
@@ -423,7 +435,7 @@ def split_at_response(
             raise RowShapeError("the rated message is not an assistant's")
         if last.content is None:
             raise RowShapeError("the rated message has no text")
-    thread = collect_thread(messages, last, index_parents(messages))
+    thread = collect_thread(messages, last, index_parents(messages, notes))
     is_continued = any(message.role == "user" for message in messages[messages.index(last) + 1 :])
     return thread[:-1], last.content, is_continued and thread == list(messages[: len(thread)])
 

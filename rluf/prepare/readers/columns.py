@@ -388,7 +388,7 @@ class RowConverter:
         if "message" in fields or ("response" not in fields and "completion" not in fields):
             message = fields.get("message")
             rated_message = None if message is None else format_id(message) or str(message)
-            context, response, is_continued = split_at_response(chat, rated_message)
+            context, response, is_continued = split_at_response(chat, notes, rated_message)
             fields["response"] = response
             if is_continued and fields.get("continued") is None:
                 fields["continued"] = True
@@ -439,7 +439,7 @@ class RowConverter:
         context = self._read_context(fields, notes)
         response = fields.get("response", fields.get("completion"))
         if response is None:
-            context, fields["response"], _ = split_at_response(context)
+            context, fields["response"], _ = split_at_response(context, notes)
         else:
             fields["response"] = read_text(response, notes, self.shape)
         fields["messages"] = to_records(context)
@@ -447,7 +447,7 @@ class RowConverter:
         return fields
 
     def _read_prompts(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
-        context, response, _ = split_at_response(self._read_context(fields, notes))
+        context, response, _ = split_at_response(self._read_context(fields, notes), notes)
         if response is not None:
             notes["last responses of prompts"] += 1
         fields["messages"] = to_records(context)

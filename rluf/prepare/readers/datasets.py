@@ -108,7 +108,7 @@ def _read_convai2_sparse(dialogue: Mapping[str, Any], options: ReaderOptions) ->
 
 
 def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """One row for each like and dislike of a response, at most MAX_REACTION_ROWS in the same proportion.
+    """One row for each like and dislike of a response, at most MAX_REACTION_ROWS in the same proportion (counted).
 
     The file counts reactions without users, so the rows of one query share a user: a split by user is then a split by
     query. The time is the day of the shared task.
@@ -126,7 +126,9 @@ def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         row_count = min(reactions, MAX_REACTION_ROWS)
         liked_count = round(row_count * likes / reactions)
         for row_index in range(row_count):
+            cut_count = reactions - row_count if row_index == 0 else 0
             items.append({
+                "_notes": {f"reactions beyond {MAX_REACTION_ROWS} to one response": cut_count},
                 "id": f"xiaomi-{query_id}-{response_index}-{row_index}", "conversation_id": f"xiaomi-{query_id}",
                 "turn": 0, "user_id": query_id, "time": "2023-05-01T00:00:00+00:00", "model_version": "xiaoai",
                 "messages": _build_user_message(row["query"]), "response": response["reply"],

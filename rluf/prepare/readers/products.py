@@ -69,7 +69,7 @@ def _expand_chat(
     notes: Counter[str] = Counter()
     items: list[ReaderRow | SkippedRow] = []
     messages = read_chat(decoded, notes)
-    parents, records = index_parents(messages), {message: to_records([message]) for message in messages}
+    parents, records = index_parents(messages, notes), {message: to_records([message]) for message in messages}
     last_user_index = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
     for index, (message, raw_message) in enumerate(zip(messages, decoded, strict=True)):
         if message.role != "assistant" or message.content is None:
@@ -101,7 +101,7 @@ def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         if response_text is None:
             return [SkippedRow("tool call without text")]
     else:
-        messages, response_text, _ = split_at_response(messages)
+        messages, response_text, _ = split_at_response(messages, notes)
         if response_text is None:
             return [SkippedRow("no assistant message")]
     response_id = str(row.get("id") or response["id"])
@@ -420,7 +420,7 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
     chat = read_chat(prompt, notes)
     response = _get_any(fields, "response", "answer", "completion", "output", "generation")
     context, response_text, _ = (
-        split_at_response(chat) if response is None else (chat, read_text(response, notes), False)
+        split_at_response(chat, notes) if response is None else (chat, read_text(response, notes), False)
     )
     if response_text is None:
         return [SkippedRow("no assistant message")]
@@ -499,7 +499,7 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     while messages and messages[-1].role == "user":
         messages.pop()
         notes["customer messages after the last reply"] += 1
-    context, response, _ = split_at_response(messages)
+    context, response, _ = split_at_response(messages, notes)
     if response is None:
         return [SkippedRow("no assistant message")]
     rating = row.get("conversation_rating") or {}
