@@ -7,8 +7,10 @@ functions for both. Each size runs in a separate process, so that the peak memor
 Prints one JSON line last.
 
 python benchmarks/prepare.py [--rows 10000 100000 1000000] [--no-polars] [--profile 100000] [--nodes 1 2]
+                             [--files 5000]
 
 With --nodes only ours runs, on simulated clusters of that many nodes with one CPU each, to measure the speed-up.
+With --files only ours runs, on a folder of that many files of 10 rows, with at most 1024 open files per process.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from lab.process_tree import run_command
 
 OBJECT_STORE_BYTES = 200 * 10**6
+ROWS_PER_SMALL_FILE = 10
+MAX_OPEN_FILES = 1024
+"""Open files that a process may have in the measurement of small files: the default limit of many systems."""
 FIRST_DAY = 1_735_689_600
 VOCABULARY = [
     f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("n", "sa", "vi", "po") for c in "aeiourtsn"
@@ -78,6 +83,17 @@ def write_log(path: Path, row_count: int, seed: int = 1, *, user_count: int = 0)
                 if rows_written == row_count:
                     break
             conversation += 1
+
+
+def write_small_files(folder: Path, file_count: int) -> None:
+    """Write a synthetic log as a folder of files of ROWS_PER_SMALL_FILE rows."""
+    folder.mkdir()
+    whole_log = folder.with_suffix(".jsonl")
+    write_log(whole_log, file_count * ROWS_PER_SMALL_FILE)
+    with whole_log.open("rb") as rows:
+        for file_index in range(file_count):
+            (folder / f"{file_index:05d}.jsonl").write_bytes(b"".join(islice(rows, ROWS_PER_SMALL_FILE)))
+    whole_log.unlink()
 
 
 def build_settings(log_path: Path, max_rows: int) -> Any:
@@ -358,6 +374,16 @@ def measure_speedup(rows: int, node_counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def measure_small_files(file_count: int) -> dict[str, Any]:
+    """Cost of a build on a folder of many small files under the limit of open files."""
+    with tempfile.TemporaryDirectory(prefix="rluf-bench-") as folder:
+        log_folder, row_count = Path(folder) / "log", file_count * ROWS_PER_SMALL_FILE
+        write_small_files(log_folder, file_count)
+        result = run_in_subprocess("files", log_folder, row_count, Path(folder) / "o")
+    facts = {"benchmark": "prepare_files", "files": file_count, "rows": row_count, "max_open_files": MAX_OPEN_FILES}
+    return facts | result
+
+
 def main() -> None:
     """Run all sizes and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -365,10 +391,13 @@ def main() -> None:
     parser.add_argument("--no-polars", action="store_true")
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--nodes", type=int, nargs="+")
+    parser.add_argument("--files", type=int)
     parser.add_argument("--child", nargs=4)
     args = parser.parse_args()
     if args.child:
         mode, log_path, rows, output_folder = args.child
+        if mode == "files":  # hard, too: Ray raises the soft limit to it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
         node_count = int(mode.removeprefix("nodes")) if mode.startswith("nodes") else 0
         build = build_with_polars if mode == "polars" else partial(build_with_ray, node_count=node_count)
         result = build(Path(log_path), int(rows), Path(output_folder))
@@ -377,6 +406,9 @@ def main() -> None:
     if args.profile:
         for name, seconds in profile_passes(args.profile):
             sys.stdout.write(f"{seconds:8.2f} s  {name}\n")
+        return
+    if args.files:
+        sys.stdout.write(json.dumps(measure_small_files(args.files)) + "\n")
         return
     if args.nodes:
         sys.stdout.write(json.dumps(measure_speedup(max(args.rows), args.nodes)) + "\n")
