@@ -1,7 +1,8 @@
 """Reward functions: `(batch of rows) -> one number per row`, synchronous or async, as plug-ins of an objective.
 
 A row is a dict with `messages`, `response`, `finish_reason` (stop or length), `prompt_id`, `topic`, and every further
-field of the prompt's row in `data.prompts`, such as a reference answer.
+field of the prompt's row in `data.prompts`, such as a reference answer. A function in TRL's signature,
+`(prompts, completions, **columns)`, is called with keywords as TRL's GRPOTrainer does.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from rluf.errors import SettingsError
 from rluf.types import Score, ScoringItem
-from rluf.utils.plugins import load_plugin
+from rluf.utils.plugins import check_signature, load_plugin
 
 RewardRow = dict[str, Any]
 RewardFunction = Callable[[Sequence[RewardRow]], Sequence[float] | Awaitable[Sequence[float]]]
 MAX_REWARD = 1e30
 """Larger numbers are refused like infinite ones: their squares would overflow."""
 SIGNATURE = "a function of a list of rows that returns a list of numbers"
+UNAVAILABLE_ARGUMENTS = frozenset({"completion_ids", "environments", "log_extra", "log_metric", "trainer_state"})
+"""What TRL passes apart from texts and columns of the data set, and rluf does not."""
 
 
 def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[ScoringItem]], list[Score]]:
@@ -30,7 +34,8 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
 
     The scoring function raises SettingsError where the reward function does not return one finite number per item.
     """
-    function: RewardFunction = load_plugin(reference, kind="reward function", signature=SIGNATURE, argument_count=1)
+    label = f"reward function {reference!r}"
+    function = adapt_function(load_plugin(reference, kind="reward function", signature=SIGNATURE), label)
 
     def score_items(items: Sequence[ScoringItem]) -> list[Score]:
         result: Any = function([build_row(item) for item in items])
@@ -39,13 +44,55 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
         # Their items are numbers too, in the wrong order or of the wrong kind: keys, digits.
         values = [] if isinstance(result, Mapping | Set | str | bytes) else _read_numbers(result)
         if len(values) != len(items) or not all(abs(value) < MAX_REWARD for value in values):
+            hint = "; leave prompts that cannot be judged out of data.prompts" if _has_none(result) else ""
             raise SettingsError(
-                f"reward function {reference!r} of objective {objective}: expected one finite number for each of "
-                f"{len(items)} responses, got {str(result)[:200]}"
+                f"{label} of objective {objective}: expected one finite number for each of "
+                f"{len(items)} responses, got {str(result)[:200]}{hint}"
             )
         return [Score(objective, value, value, is_probability=False) for value in values]
 
     return score_items
+
+
+def adapt_function(function: Any, label: str) -> RewardFunction:
+    """The function itself if it takes rows, else a function of rows that calls it as TRL does.
+
+    It is TRL's if it has a parameter `completions` or `completion_ids`, or takes keywords only. Its columns are the
+    other keys of the rows, as lists; a parameter without default is required in every row. SettingsError for any other
+    signature, and for arguments that only TRL's trainer has.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not a function, or a built-in one without a signature
+        parameters = {}
+    keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if {"completions", "completion_ids"}.isdisjoint(parameters) and not (keywords and len(parameters) == 1):
+        check_signature(function, label, SIGNATURE, 1)
+        return cast("RewardFunction", function)
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    if unavailable := required & UNAVAILABLE_ARGUMENTS:
+        raise SettingsError(f"{label}: rluf does not pass {', '.join(sorted(unavailable))}; write {SIGNATURE}")
+
+    def score_rows(rows: Sequence[RewardRow]) -> Any:
+        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+        columns["prompts"] = columns.pop("messages", [])
+        columns["completions"] = [[{"role": "assistant", "content": text}] for text in columns.pop("response", [])]
+        for name in ("prompts", "completions"):
+            if name in parameters and re.search(r"\[(<class ')?str('>)?\]$", str(parameters[name].annotation)):
+                columns[name] = [messages[-1]["content"] for messages in columns[name]]
+        for row in rows:
+            if missing := required - {"prompts", "completions", *row}:
+                raise SettingsError(
+                    f"{label} takes {', '.join(sorted(missing))}, which prompt {row['prompt_id']!r} of data.prompts does "
+                    "not have"
+                )
+        return function(**{key: values for key, values in columns.items() if keywords or key in parameters})
+
+    return score_rows
 
 
 def build_row(item: ScoringItem) -> RewardRow:
@@ -65,6 +112,10 @@ def _read_numbers(result: Any) -> list[float]:
         return [math.nan if isinstance(value, str | bytes) else float(value) for value in result]
     except (TypeError, ValueError):
         return []
+
+
+def _has_none(result: Any) -> bool:
+    return isinstance(result, list | tuple) and any(value is None for value in result)
 
 
 async def _wait_for(result: Awaitable[Sequence[float]]) -> Sequence[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+import rluf
 from actors.reward import RewardActor
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 from rluf.objectives.aggregator import compute_signal
 from rluf.objectives.judges import build_rule_scorer
-from rluf.objectives.reward_function import RewardRow, build_row
+from rluf.objectives.reward_function import RewardRow, adapt_function, build_row
 from rluf.types import Group, Message, Prompt, Sample, ScoringItem
 
 ITEMS = [
@@ -197,9 +199,97 @@ def take_none() -> list[float]:
     return []
 
 
+def score_like_trl(prompts: Any, completions: Any, answer: list[str], **kwargs: Any) -> list[float]:
+    assert [prompt[-1]["content"] for prompt in prompts] == ["2 + 2?", "3 + 3?"]
+    assert kwargs == {"finish_reason": ["stop", "length"], "prompt_id": ["p1", "p2"], "topic": ["math", "math"]}
+    return [float(completion[0]["content"] == text) for completion, text in zip(completions, answer, strict=True)]
+
+
+def score_columns(completions: Any, **kwargs: Any) -> list[float]:
+    assert [completion[-1]["role"] for completion in completions] == ["assistant"] * 2
+    return score_like_trl(completions=completions, **kwargs)
+
+
+def score_without_columns(*, answer: list[str], completions: Any, limit: int = 5) -> list[float]:
+    return [float(completion[0]["content"] == answer[i]) for i, completion in enumerate(completions)]
+
+
+def score_texts(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+    assert prompts == ["2 + 2?", "3 + 3?"]
+    return [float(len(completion) == 1) for completion in completions]
+
+
+def score_keywords(**kwargs: Any) -> list[float]:
+    return score_like_trl(**kwargs)
+
+
+async def score_async(completions: Any, **kwargs: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return score_columns(completions, **kwargs)
+
+
+class TrlCallable:
+    def __call__(self, prompts: Any, completions: Any, answer: Any, log_extra: Any = None, **kwargs: Any) -> list[float]:
+        assert log_extra is None
+        return score_like_trl(prompts, completions, answer, **kwargs)
+
+
+score_object = TrlCallable()
+score_partial = functools.partial(score_without_columns, limit=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "score_like_trl",
+        "score_columns",
+        "score_without_columns",
+        "score_texts",
+        "score_keywords",
+        "score_async",
+        "score_object",
+        "score_partial",
+    ],
+)
+def test_a_function_in_the_signature_of_trl_is_called_as_trl_does(name: str) -> None:
+    scores = build_rule_scorer("exact", reward=f"{__name__}:{name}")(ITEMS[:2])
+    assert [score.value for score in scores] == [1.0, 0.0]
+    assert rluf.load_settings("tiny", reward_functions={"exact": globals()[name]}).objectives.by_objective["exact"].path
+
+
+def test_a_column_that_some_prompts_lack_is_none_or_refused_by_name() -> None:
+    rows = [{"messages": [], "response": "a", "prompt_id": "p1", "level": 3}, {"messages": [], "response": "b"}]
+    collected: list[Any] = []
+    score = adapt_function(lambda completions, level=0: collected.append(level) or [0.0, 0.0], "function f")
+    assert score(rows) == [0.0, 0.0]
+    score(rows[1:])
+    assert collected == [[3, None], 0]
+    with pytest.raises(SettingsError, match=r"function f takes answer, which prompt 'p1' of data.prompts does not have"):
+        adapt_function(lambda completions, answer: [0.0], "function f")(rows)
+
+
+def judge_nothing(completions: Any, **kwargs: Any) -> list[float | None]:
+    return [None for _ in completions]
+
+
+def test_none_is_refused_as_no_reward() -> None:
+    with pytest.raises(SettingsError, match=r"one finite number for each of 3 .*None.*leave prompts that cannot be"):
+        build_rule_scorer("exact", reward=f"{__name__}:judge_nothing")(ITEMS)
+
+
+def take_ids(completion_ids: Any, **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def take_state(completions: Any, trainer_state: Any) -> list[float]:
+    return []
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
+        (f"{__name__}:take_ids", "rluf does not pass completion_ids"),
+        (f"{__name__}:take_state", "rluf does not pass trainer_state"),
         (f"{__name__}:take_two", "expected a function of a list of rows"),
         (f"{__name__}:take_none", "expected a function of a list of rows"),
         (f"{__name__}:ITEMS", "expected a function of a list of rows"),
