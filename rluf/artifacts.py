@@ -87,13 +87,6 @@ def _check_reward_training(settings: Settings, objective_name: str) -> None:
             raise ModelError(f"reward.{objective_name}: backbone {backbone!r}: {error}") from error
 
 
-def check_comparison_inputs(settings: Settings, *, may_download: bool = False) -> None:
-    """check_inputs for commands that need prompts; DataError if there are none."""
-    check_inputs(settings, may_download=may_download)
-    if not settings.data.prompts:
-        raise DataError("data.prompts is empty; name a file of prompts, on which policies are trained and compared")
-
-
 def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_download: bool = True) -> Path | None:
     """Folder of a reward model given as a folder or hub id; None for a hub id without `may_download`.
 

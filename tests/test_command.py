@@ -75,3 +75,33 @@ def test_arguments_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["train", "--config", "tiny", "--dry-run", "seed=11"])
     assert "seed: 11" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--seeds", "x"], "error: argument --seeds: invalid int value: 'x'; see python -m rluf.sweep --help"),
+        (["sweep", "--weigths", "0.1"], "error: unrecognized arguments: --weigths; did you mean --weights?;"),
+        (["sweep", "--steps", "3"], "settings are written key=value, without dashes; did you mean algorithm.steps?"),
+        (["report"], "error: the following arguments are required: FOLDER; see python -m rluf.report --help"),
+        (["report", "x", "--public"], "error: --public requires --push-to-hub;"),
+        (["report", "x", "--html"], "error: unrecognized arguments: --html; see python -m rluf.report --help"),
+        (["evaluate", "score", "--model", "m"], "arguments are required: --data; see python -m rluf.evaluate score"),
+        (["evaluate", "abtest", "--looks", "many"], "error: argument --looks: invalid int value: 'many';"),
+        (["evaluate", "gate"], "error: the following arguments are required: RUN;"),
+        (["evaluate", "blind", "x", "--pairs", "0"], "error: --pairs 0 must be 1 or more;"),
+        (["evaluate", "rescore", "x"], "error: the following arguments are required: --model;"),
+        (["evaluate", "correlate", "--seed"], "error: argument --seed: expected one argument;"),
+        (["evaluate", "offpolicy"], "error: the following arguments are required: --data;"),
+        (["simulate", "judge", "--data", "x", "--score", "y"], "error: argument --score: invalid choice: 'y'"),
+        (["simulate", "rescore"], "error: the following arguments are required: --log;"),
+        (["train", "--config"], "error: argument --config: expected one argument; see python -m rluf.train --help"),
+    ],
+)
+def test_a_wrong_option_of_any_command_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2 and len(lines) == 1 and message in lines[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -35,23 +35,29 @@ INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that raises SettingsError, so that its errors look and exit like all others."""
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command, `python -m prog`; its errors are one message and exit code 2, like those of settings."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(f"python -m {prog}", formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with the message, and a hint where an option does not exist."""
         unknown_option = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown_option != message.split()[0] and unknown_option.startswith("-"):
-            message += f"; {self._suggest_option(unknown_option)}"
-        raise SettingsError(f"{message}; see python -m {self.prog} --help")
+            message += self._suggest_option(unknown_option)
+        _exit_with_message(f"error: {message}; see {self.prog} --help", SettingsError.exit_code)
 
     def _suggest_option(self, unknown_option: str) -> str:
         """Hint for an option that does not exist: a similar option, or a setting written like an option."""
         name = unknown_option.partition("=")[0]
         similar_options = difflib.get_close_matches(name.replace("_", "-"), self._option_string_actions, 1, cutoff=0.75)
         if similar_options:
-            return f"did you mean {similar_options[0]}?"
+            return f"; did you mean {similar_options[0]}?"
+        if not any(action.dest == "overrides" for action in self._actions):
+            return ""
         hint = suggest_key(name.lstrip("-").replace("-", "_"))
-        return f"settings are written key=value, without dashes; {hint}"
+        return f"; settings are written key=value, without dashes; {hint}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,10 @@ def parse_command_line(
 def _parse_arguments(
     command: str, description: str, arguments: Sequence[str], options: CommandOptions | None
 ) -> LoadedSettings:
-    parser = _ArgumentParser(
-        prog=command,
+    parser = CommandParser(
+        command,
         usage=f"python -m {command} [--config FILE] [--dry-run] [key=value ...]",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,  # --help also prints all settings, which argparse's own action cannot
     )
     parser.add_argument(

@@ -46,12 +46,12 @@ def run_evaluation(settings: Settings) -> Path:
     """Compare two policies and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
     from cluster.connect import ray_connection
     from rluf.artifacts import (
-        check_comparison_inputs,
         list_reward_model_folders,
         prepare_data_artifact,
         train_reward_artifacts,
     )
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
+    from rluf.evaluate.inputs import check_comparison_inputs
     from rluf.models.hub import resolve_model, resolve_policy
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
@@ -101,14 +101,10 @@ def find_candidate(settings: Settings) -> str:
 
 
 def _check_settings(settings: Settings) -> None:
-    from rluf.artifacts import check_comparison_inputs
+    from rluf.evaluate.inputs import check_comparison_inputs
     from rluf.models.hub import find_model_folder
 
     check_comparison_inputs(settings)
-    if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
-        from rluf.evaluate.monitors import add_monitors
-
-        add_monitors(settings.evaluate.monitors)
     find_model_folder(find_candidate(settings))
 
 

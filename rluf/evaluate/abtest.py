@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,11 +33,9 @@ def parse_name_list(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate abtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("rluf.evaluate abtest", description=__doc__)
     add = parser.add_argument
     add(
         "--data",
@@ -115,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_planning_arguments(parser: CommandParser) -> None:
     add = parser.add_argument
     add(
         "--plan",

@@ -10,7 +10,6 @@ key to the sides is `RUN/blind-key.jsonl`: give raters the folder blind/ only.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import DataError
 from rluf.evaluate.gates import decide_verdict
 from rluf.evaluate.intervals import CONFIDENCE_LEVEL
@@ -161,9 +160,7 @@ def add_ratings(run_folder: Path, rating_files: Sequence[Path]) -> dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command; returns the exit code, and an error is one message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate blind", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("rluf.evaluate blind", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with answers.jsonl")
     parser.add_argument("--pairs", type=int, default=DEFAULT_PAIR_COUNT, metavar="N", help="pairs, one per prompt")
     parser.add_argument("--seed", type=int, default=0, help="selects pairs and sides")

@@ -13,7 +13,6 @@ that of Spearman's rho uses the variance (1 + rho^2 / 2) / (n - 3) (Bonett and W
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import DataError
 from rluf.evaluate.intervals import CONFIDENCE_LEVEL
 from rluf.utils.stats import Floats
@@ -247,11 +246,7 @@ def _measure_gate_performance(policies: Sequence[PolicyResult], is_blocked: Sequ
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command; the last line of stdout is JSON, and an error is one message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate correlate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("rluf.evaluate correlate", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines, one policy per row")
     parser.add_argument("--control", metavar="POLICY", help="policy whose offline mean the others are compared with")
     parser.add_argument("--seed", type=int, default=1, help="seed of the bootstrap over policies (default 1)")

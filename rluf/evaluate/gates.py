@@ -7,7 +7,6 @@ undecided, with the number of prompts or users that would decide it.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
 from rluf.errors import DataError
 from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
@@ -152,8 +151,8 @@ def _check_reason(check: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the verdict of an evaluated run; the exit code is that of GATE_EXIT_CODES."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate gate",
+    parser = CommandParser(
+        "rluf.evaluate gate",
         description="Verdict of the release gates of a run: exit code 0 for pass, 10 for fail, 11 for undecided.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with summary.json")

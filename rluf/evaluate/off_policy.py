@@ -15,7 +15,6 @@ effective sample size is below 5% of the rows, a few rows decide the result, and
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 
 if TYPE_CHECKING:
     from rluf.utils.stats import Floats
@@ -243,11 +242,7 @@ def format_off_policy_report(report: OffPolicyReport) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command; the last line of stdout is JSON, and an error is one message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate offpolicy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("rluf.evaluate offpolicy", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="feedback log: folder or file")
     parser.add_argument("--policy", metavar="PATH", help="new policy: Hugging Face folder or hub id")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="id, target_logprob, value, ... by response")

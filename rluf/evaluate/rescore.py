@@ -11,7 +11,6 @@ clustered by prompt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import DataError, ModelError
 from rluf.evaluate.summary import COMPARISONS
 from rluf.evaluate.two_way import ArmValues, compare_arms
@@ -114,11 +113,7 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command; returns the exit code, and an error is one message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate rescore",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("rluf.evaluate rescore", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with answers.jsonl")
     parser.add_argument(
         "--model", type=Path, action="append", required=True, metavar="FOLDER", help="reward model folder; repeatable"

@@ -9,7 +9,6 @@ the result of response length alone. Scores are written in parts, so an interrup
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import json
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import ActorError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -253,9 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command; returns the exit code, and an error is one message on stderr."""
     from rluf.tracking.console import setup_logging
 
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.evaluate score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("rluf.evaluate score", description=__doc__)
     parser.add_argument(
         "--model", type=Path, required=True, metavar="FOLDER", help="reward model folder written by rluf.reward"
     )

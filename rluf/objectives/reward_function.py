@@ -72,7 +72,8 @@ def adapt_function(function: Any, label: str) -> RewardFunction:
     required = {
         name
         for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     if unavailable := required & UNAVAILABLE_ARGUMENTS:
         raise SettingsError(f"{label}: rluf does not pass {', '.join(sorted(unavailable))}; write {SIGNATURE}")
@@ -87,8 +88,8 @@ def adapt_function(function: Any, label: str) -> RewardFunction:
         for row in rows:
             if missing := required - {"prompts", "completions", *row}:
                 raise SettingsError(
-                    f"{label} takes {', '.join(sorted(missing))}, which prompt {row['prompt_id']!r} of data.prompts does "
-                    "not have"
+                    f"{label} takes {', '.join(sorted(missing))}, which prompt {row['prompt_id']!r} of data.prompts "
+                    "does not have"
                 )
         return function(**{key: values for key, values in columns.items() if keywords or key in parameters})
 

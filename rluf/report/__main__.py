@@ -7,12 +7,11 @@ python -m rluf.report runs/quickstart/latest --push-to-hub owner/name
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 
 logger = logging.getLogger("rluf.report")
 
@@ -56,11 +55,10 @@ def upload_to_hub(run_folder: Path, repo_id: str, *, is_public: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; user errors are one message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="rluf.report",
+    parser = CommandParser(
+        "rluf.report",
         usage="python -m rluf.report FOLDER [--wandb [--dry-run] | --push-to-hub OWNER/NAME [--public]]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="run folder, such as runs/quickstart/latest")
     parser.add_argument("--wandb", action="store_true", help="save a W&B Report instead (needs wandb-workspaces)")

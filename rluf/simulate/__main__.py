@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import CommandOptions, parse_command_line, run_command
+from rluf.config.cli import CommandOptions, CommandParser, parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return judge.main(argument_list[1:])
     args = argparse.Namespace(log=None, responses=None)
     if argument_list[:1] == ["rescore"]:
-        parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
+        parser = CommandParser("rluf.simulate rescore", add_help=False, allow_abbrev=False)
         parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
         parser.add_argument("--responses", type=int, metavar="N", help="use N of its first responses; default: all")
         args, argument_list = parser.parse_known_args(argument_list[1:])

@@ -11,7 +11,6 @@ rows with a kind the result of each.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import logging
@@ -26,7 +25,7 @@ from typing import Any
 
 from scipy.special import logit
 
-from rluf.config.cli import run_command
+from rluf.config.cli import CommandParser, run_command
 from rluf.errors import DataError
 from rluf.simulate.ground_truth import Reader, ReaderInput, load_reader
 from rluf.simulate.reader_features import has_sentence_end
@@ -125,9 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rluf.tracking.console import setup_logging
     from rluf.utils.paths import resolve_cache_folder
 
-    parser = argparse.ArgumentParser(
-        prog="python -m rluf.simulate judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("rluf.simulate judge", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
     parser.add_argument("--score", choices=SCORE_NAMES, default=SCORE_NAMES[0], help="score that is compared")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file for the scores of each row (default: none)")

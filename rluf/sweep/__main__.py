@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
-from rluf.config.cli import run_command
-from rluf.sweep.runs import raise_for_failed_runs, run_sweep
+from rluf.config.cli import CommandParser, run_command
+from rluf.sweep.runs import check_sweep, raise_for_failed_runs, run_sweep
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="rluf.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("rluf.sweep", description=__doc__)
     add_argument = parser.add_argument
     add_argument("--config", type=Path, metavar="FILE", help="settings of the training job (default: the quickstart)")
     add_argument("--weights", type=float, nargs="+", help="love weights (default 0 0.1 0.3, or unchanged with --grid)")
@@ -36,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default 1 2 3)")
     add_argument("--concurrent", type=int, default=1, help="maximum number of concurrent runs (default 1)")
+    add_argument("--dry-run", action="store_true", help="check and list the runs, then exit")
     add_argument("overrides", nargs="*", metavar="key=value", help="override single settings of all runs")
     return parser
 
@@ -59,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
 
     def run_and_print() -> None:
+        if args.dry_run:
+            sys.stdout.write(check_sweep(args))
+            return
         from rluf.utils.files import to_jsonable
 
         report = run_sweep(args)

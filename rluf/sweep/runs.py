@@ -11,20 +11,55 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from rluf.config.cli import format_yaml_value
 from rluf.config.load import load_settings, parse_yaml
+from rluf.config.settings import Settings
 from rluf.errors import ActorError, SettingsError
 from rluf.sweep.grid import GridPoint
 from rluf.utils.hashing import hash_parts
-
-if TYPE_CHECKING:
-    from rluf.config.settings import Settings
+from rluf.utils.paths import resolve_runs_root
 
 logger = logging.getLogger("rluf.sweep")
 LOCATION_SECTIONS = ("name", "run", "cluster", "serve", "tracking")
 """Settings of location and reporting, which do not affect the result of a run."""
+LOCATION_OVERRIDES = ("name", "run.root", "tracking.group")
+"""What the sweep sets last in every run, in order."""
+
+
+class SweepPlan(NamedTuple):
+    """Folder of a sweep; overrides and settings of each of its runs."""
+
+    folder: Path
+    overrides: dict[GridPoint, list[str]]
+    settings: dict[GridPoint, Settings]
+
+
+def plan_sweep(args: argparse.Namespace) -> SweepPlan:
+    """Load the settings of every run; SettingsError refuses an invalid one before the first run starts."""
+    settings = load_settings(args.config, args.overrides).settings
+    if args.concurrent < 1 or min(value or 0 for value in (*args.weights, *args.kl)) < 0:
+        raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
+    folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
+    overrides = {point: build_run_overrides(args, settings, folder, point) for point in list_grid_points(args)}
+    return SweepPlan(
+        folder, overrides, {point: load_settings(args.config, texts).settings for point, texts in overrides.items()}
+    )
+
+
+def check_sweep(args: argparse.Namespace) -> str:
+    """List the runs of a sweep with what each of them changes. Raises the RlufError that a run would raise."""
+    from rluf.evaluate.inputs import check_comparison_inputs
+
+    plan, lines = plan_sweep(args), []
+    for point, settings in plan.settings.items():
+        if point.seed == args.seeds[0]:  # all seeds need the same inputs
+            check_comparison_inputs(settings)
+        status = "finished" if find_finished_run(plan.folder / format_run_name(point), settings) else "to run"
+        changes = " ".join(plan.overrides[point][len(args.overrides) : -len(LOCATION_OVERRIDES)])
+        lines.append(f"{format_run_name(point)} ({status}): {changes}")
+    return "\n".join([f"{plan.folder}: {len(lines)} runs", *lines, ""])
 
 
 def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,21 +71,12 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     from rluf.sweep.analysis import build_sweep_report, format_sweep_report
     from rluf.tracking.console import setup_logging
     from rluf.utils.files import to_jsonable, write_json
-    from rluf.utils.paths import resolve_runs_root
 
     setup_logging()
-    settings = load_settings(args.config, args.overrides).settings
-    if args.concurrent < 1 or min(value or 0 for value in (*args.weights, *args.kl)) < 0:
-        raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
-    sweep_folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
+    sweep_folder, overrides_by_point, expected_settings = plan_sweep(args)
     sweep_folder.mkdir(parents=True, exist_ok=True)
-    grid = list_grid_points(args)
-    overrides_by_point = {
-        grid_point: build_run_overrides(args, settings, sweep_folder, grid_point) for grid_point in grid
-    }
+    grid = list(expected_settings)
     command_by_run = {format_run_name(point): _train_command(args, overrides_by_point[point]) for point in grid}
-    # Loading the settings of every point here refuses an invalid one before the first run starts.
-    expected_settings = {point: load_settings(args.config, overrides_by_point[point]).settings for point in grid}
 
     def find_summary(grid_point: GridPoint) -> dict[str, Any] | None:
         return find_finished_run(sweep_folder / format_run_name(grid_point), expected_settings[grid_point])
@@ -151,7 +177,7 @@ def build_run_overrides(
         raise SettingsError(f"--grid {min(conflicts)} conflicts with --weights or --kl, which set it; give one of them")
     return [
         *overrides, *(f"{key}={value:g}" for key, value in point_overrides.items()), f"seed={grid_point.seed}",
-        f"name={format_run_name(grid_point)}", f"run.root={sweep_folder}", f"tracking.group={sweep_folder.name}",
+        *map("{}={}".format, LOCATION_OVERRIDES, (format_run_name(grid_point), sweep_folder, sweep_folder.name)),
     ]  # fmt: skip
 
 
@@ -175,8 +201,6 @@ def find_finished_run(point_folder: Path, expected_settings: Settings) -> dict[s
 def has_same_settings(run_config: Mapping[str, Any], expected_settings: Settings) -> bool:
     """Whether a run used the expected settings, LOCATION_SECTIONS aside; keys missing from its config are defaults."""
     from pydantic import ValidationError
-
-    from rluf.config.settings import Settings
 
     try:
         run_settings = Settings.model_validate(run_config)

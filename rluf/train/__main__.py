@@ -99,13 +99,9 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
 def check_run(settings: Settings, *, may_download: bool = False) -> None:
     """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
-    from rluf.artifacts import check_comparison_inputs
+    from rluf.evaluate.inputs import check_comparison_inputs
 
     check_comparison_inputs(settings, may_download=may_download)
-    if settings.evaluate.monitors:  # the imports of both checks are slow
-        from rluf.evaluate.monitors import add_monitors
-
-        add_monitors(settings.evaluate.monitors)
     if settings.run.resume is not None:
         from rluf.train.checkpoint_manager import find_local_resume_folder
 

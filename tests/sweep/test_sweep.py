@@ -11,7 +11,7 @@ import pytest
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ActorError, SettingsError
-from rluf.sweep.__main__ import parse_arguments
+from rluf.sweep.__main__ import main, parse_arguments
 from rluf.sweep.runs import build_run_overrides, find_finished_run, list_grid_points, raise_for_failed_runs
 
 
@@ -147,3 +147,41 @@ def test_weights_and_grid_combine_and_the_same_key_twice_is_refused(tmp_path: Pa
     with pytest.raises(SettingsError, match="given twice"):
         list_points("--grid", "seed_=1", "--grid", "seed_=2", tmp_path=tmp_path)
     assert len(list_points(tmp_path=tmp_path)) == 9
+
+
+def test_a_dry_run_lists_the_runs_and_starts_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"run.root={tmp_path}", "name=trial", "algorithm.steps=2"]
+    finished = load_overrides(*overrides, "learner.learning_rate=1e-6", "seed=1")
+    write_run(tmp_path / "trial-sweep" / "seed1-learner.learning_rate-1e-06" / "1", finished, gates={"verdict": "pass"})
+    arguments = ["--grid", "learner.learning_rate=1e-6,1e-5", "--seeds", "1", "2", "--dry-run", *overrides]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'trial-sweep'}: 4 runs",
+        "seed1-learner.learning_rate-1e-06 (finished): learner.learning_rate=1e-06 seed=1",
+        "seed2-learner.learning_rate-1e-06 (to run): learner.learning_rate=1e-06 seed=2",
+        "seed1-learner.learning_rate-1e-05 (to run): learner.learning_rate=1e-05 seed=1",
+        "seed2-learner.learning_rate-1e-05 (to run): learner.learning_rate=1e-05 seed=2",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["trial-sweep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--grid", "model.path=tiny,./missing"], 4, "./missing"),
+        (["--grid", "data.prompts=missing.jsonl"], 3, "missing.jsonl"),
+        (["--grid", "learner.learning_rat=1e-6"], 2, "did you mean learner.learning_rate?"),
+        (["--grid", "evaluate.monitors=[nowhere:shout]"], 2, "nowhere:shout"),
+        (["--weights", "-0.1"], 2, "--weights and --kl 0 or more"),
+        (["--concurrent", "0"], 2, "--concurrent must be 1 or more"),
+        (["--config", "missing.yaml"], 2, "missing.yaml"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would_refuse(
+    arguments: list[str], exit_code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([*arguments, "--dry-run", f"run.root={tmp_path}"])
+    error = capsys.readouterr().err
+    assert (raised.value.code, len(error.splitlines())) == (exit_code, 1) and message in error
+    assert not list(tmp_path.iterdir())
