@@ -30,7 +30,7 @@ from rluf.config import load
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
-from rluf.objectives.reward_function import adapt_function
+from rluf.objectives.reward_function import build_reward_function
 from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
 from rluf.utils.files import atomic_write, read_json, read_jsonl
 from rluf.utils.paths import resolve_cache_folder
@@ -114,7 +114,7 @@ def load_settings(
     functions = _check_mapping(reward_functions, "reward_functions", "{name: function}")
     for name, function in functions.items():
         if not isinstance(function, str):
-            adapt_function(function, f"reward_functions[{name!r}]")
+            build_reward_function(function, f"reward_functions[{name!r}]")
     tracker_list: list[Any] = list(trackers) if isinstance(trackers, list | tuple) else [trackers]
     for tracker in tracker_list:
         if not isinstance(tracker, str):

@@ -13,6 +13,7 @@ import math
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import cache
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
     The scoring function raises SettingsError where the reward function does not return one finite number per item.
     """
     label = f"reward function {reference!r}"
-    function = adapt_function(load_plugin(reference, kind="reward function", signature=SIGNATURE), label)
+    function = build_reward_function(load_plugin(reference, kind="reward function", signature=SIGNATURE), label)
 
     def score_items(items: Sequence[ScoringItem]) -> list[Score]:
         result: Any = function([build_row(item) for item in items])
@@ -54,17 +55,16 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
     return score_items
 
 
-def adapt_function(function: Any, label: str) -> RewardFunction:
+def build_reward_function(function: Any, label: str) -> RewardFunction:
     """The function itself if it takes rows, else a function of rows that calls it as TRL does.
 
     It is TRL's if it has a parameter `completions` or `completion_ids`, or takes keywords only. Its columns are the
     other keys of the rows, as lists; a parameter without default is required in every row. SettingsError for any other
     signature, and for arguments that only TRL's trainer has.
     """
-    try:
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with suppress(TypeError, ValueError):  # not a function, or a built-in one without a signature
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # not a function, or a built-in one without a signature
-        parameters = {}
     keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if {"completions", "completion_ids"}.isdisjoint(parameters) and not (keywords and len(parameters) == 1):
         check_signature(function, label, SIGNATURE, 1)
@@ -79,7 +79,8 @@ def adapt_function(function: Any, label: str) -> RewardFunction:
         raise SettingsError(f"{label}: rluf does not pass {', '.join(sorted(unavailable))}; write {SIGNATURE}")
 
     def score_rows(rows: Sequence[RewardRow]) -> Any:
-        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+        keys = dict.fromkeys(key for row in rows for key in row)
+        columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in keys}
         columns["prompts"] = columns.pop("messages", [])
         columns["completions"] = [[{"role": "assistant", "content": text}] for text in columns.pop("response", [])]
         for name in ("prompts", "completions"):

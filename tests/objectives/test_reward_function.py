@@ -19,7 +19,7 @@ from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 from rluf.objectives.aggregator import compute_signal
 from rluf.objectives.judges import build_rule_scorer
-from rluf.objectives.reward_function import RewardRow, adapt_function, build_row
+from rluf.objectives.reward_function import RewardRow, build_reward_function, build_row
 from rluf.types import Group, Message, Prompt, Sample, ScoringItem
 
 ITEMS = [
@@ -229,7 +229,9 @@ async def score_async(completions: Any, **kwargs: Any) -> list[float]:
 
 
 class TrlCallable:
-    def __call__(self, prompts: Any, completions: Any, answer: Any, log_extra: Any = None, **kwargs: Any) -> list[float]:
+    def __call__(
+        self, prompts: Any, completions: Any, answer: Any, log_extra: Any = None, **kwargs: Any
+    ) -> list[float]:
         assert log_extra is None
         return score_like_trl(prompts, completions, answer, **kwargs)
 
@@ -260,12 +262,12 @@ def test_a_function_in_the_signature_of_trl_is_called_as_trl_does(name: str) -> 
 def test_a_column_that_some_prompts_lack_is_none_or_refused_by_name() -> None:
     rows = [{"messages": [], "response": "a", "prompt_id": "p1", "level": 3}, {"messages": [], "response": "b"}]
     collected: list[Any] = []
-    score = adapt_function(lambda completions, level=0: collected.append(level) or [0.0, 0.0], "function f")
+    score = build_reward_function(lambda completions, level=0: collected.append(level) or [0.0, 0.0], "function f")
     assert score(rows) == [0.0, 0.0]
     score(rows[1:])
     assert collected == [[3, None], 0]
-    with pytest.raises(SettingsError, match=r"function f takes answer, which prompt 'p1' of data.prompts does not have"):
-        adapt_function(lambda completions, answer: [0.0], "function f")(rows)
+    with pytest.raises(SettingsError, match="function f takes answer, which prompt 'p1' of data"):
+        build_reward_function(lambda completions, answer: [0.0], "function f")(rows)
 
 
 def judge_nothing(completions: Any, **kwargs: Any) -> list[float | None]:
@@ -281,8 +283,8 @@ def take_ids(completion_ids: Any, **kwargs: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def take_state(completions: Any, trainer_state: Any) -> list[float]:
-    return []
+def take_state(completions: Any, *, trainer_state: Any) -> list[float]:
+    return [trainer_state.global_step]
 
 
 @pytest.mark.parametrize(
