@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rluf
+from rluf.errors import ResourceError
 from rluf.utils.files import file_lock
 
 logger = logging.getLogger(__name__)
+
+ORIGIN_FILE = "artifact.json"
+"""What an artifact was built from; written last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def build_or_reuse_all(
     """Several artifacts; all missing ones are built by one call of `build(name -> temporary folder)`.
 
     Processes that need the same artifact at once build it once: the others wait and reuse it. A finished artifact is
-    never replaced, since another job may be reading it.
+    never replaced, since another job may be reading it. Raises ResourceError for anything else in its place.
     """
     root, locks_folder = cache_folder / "artifacts", cache_folder / "locks"
     locks_folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,9 @@ def build_or_reuse_all(
                 lock = file_lock(locks_folder / f"{folder.name}.lock", f"{name}: waiting for the job that builds it")
                 locks.enter_context(lock)
             # Checked under the lock: another process may have built it while this one waited.
-            is_reused = folder.is_dir()
+            is_reused = (folder / ORIGIN_FILE).is_file()
+            if not is_reused and os.path.lexists(folder):
+                raise ResourceError(f"{folder} is not a complete artifact (it has no {ORIGIN_FILE}); delete it")
             artifacts[name] = Artifact(name, folder, key, is_reused)
             if is_reused:
                 logger.info("%s: reused from %s, same data, settings and code", name, folder)
@@ -111,7 +118,7 @@ def build_or_reuse_all(
                 build(temporary_folders)
                 for name, temporary_folder in temporary_folders.items():
                     origin = {"artifact": name, "key": artifacts[name].key, "inputs": dict(cache_inputs_by_name[name])}
-                    (temporary_folder / "artifact.json").write_text(json.dumps(origin, indent=2))
+                    (temporary_folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2))
                     temporary_folder.rename(artifacts[name].folder)
             finally:
                 for temporary_folder in temporary_folders.values():

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from rluf.utils.cache import build_or_reuse, build_or_reuse_all, compute_artifact_key, hash_files, hash_source_code
+from rluf.errors import ResourceError
+from rluf.utils.cache import (
+    ORIGIN_FILE,
+    build_or_reuse,
+    build_or_reuse_all,
+    compute_artifact_key,
+    hash_files,
+    hash_source_code,
+)
 
 
 def write_artifact(folder: Path) -> None:
@@ -35,6 +43,29 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_or_reuse(tmp_path, "data", {}, fail)
     assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["file", "dangling link", "link to a file", "empty folder", "folder without its origin"]
+)
+def test_anything_in_place_of_an_artifact_is_one_error_before_the_build(kind: str, tmp_path: Path) -> None:
+    folder = build_or_reuse(tmp_path, "data", {}, write_artifact).folder
+    (folder / ORIGIN_FILE).unlink()
+    if kind != "folder without its origin":
+        (folder / "data.txt").unlink()
+    if kind not in ("empty folder", "folder without its origin"):
+        folder.rmdir()
+        (tmp_path / "other").touch()
+        link_target = {"dangling link": "missing", "link to a file": tmp_path / "other"}.get(kind)
+        folder.touch() if link_target is None else folder.symlink_to(link_target)
+    with pytest.raises(ResourceError, match=rf"{folder} is not a complete artifact.*delete it"):
+        build_or_reuse(tmp_path, "data", {}, lambda _: pytest.fail("was built"))
+
+
+def test_a_link_to_an_artifact_is_reused(tmp_path: Path) -> None:
+    folder = build_or_reuse(tmp_path, "data", {}, write_artifact).folder
+    folder.symlink_to(folder.rename(tmp_path / "elsewhere"))
+    assert build_or_reuse(tmp_path, "data", {}, write_artifact).reused
 
 
 def test_only_missing_artifacts_are_built_in_one_call(tmp_path: Path) -> None:
