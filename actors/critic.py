@@ -5,6 +5,7 @@ It shares the rank's process group and batches with the policy, so that no token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import Tensor
 from rluf.algorithms.critic import (
     CriticModel,
     build_token_rewards,
+    compute_explained_variance,
     compute_gae,
     compute_value_loss,
+    is_diverging,
     sum_moments,
     whiten_advantages,
 )
@@ -30,6 +33,7 @@ from rluf.config.settings import Settings
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+logger = logging.getLogger(__name__)
 
 CRITIC_LEARNING_RATE_FACTOR = 10
 """Default learning rate of the critic, as a multiple of the policy's: the value head starts at zero, and advantages are
@@ -53,7 +57,8 @@ class CriticWorker:
         learning_rate = learner.critic_learning_rate
         if learning_rate is None:
             learning_rate = CRITIC_LEARNING_RATE_FACTOR * learner.learning_rate
-        self._world_size = world_size
+        self._world_size, self._learning_rate = world_size, learning_rate
+        self._explained_variance, self._has_warned = 0.0, False
         self._return_batches: list[tuple[PackedBatch, Tensor]] = []
         self.engine: DeepSpeedEngine = ds.init_deepspeed(
             model.to(device) if learner.zero_stage < 3 else model,
@@ -73,11 +78,12 @@ class CriticWorker:
         """The batches with a whitened advantage per token in place of the rewards; demonstrations keep theirs.
 
         `batches` come with their reference log-probabilities, if there is a reference. `reward_kl_coef` is the
-        coefficient of the KL penalty subtracted from the rewards of each token.
+        coefficient of the KL penalty subtracted from the rewards of each token. Raises RlufError where the critic's
+        values are not finite.
         """
         self._return_batches, advantage_batches = [], []
-        # Count, sum and sum of squares over the whole step and all ranks; float64, as the sums are over all tokens.
-        moments = torch.zeros(3, dtype=torch.float64, device=batches[0][0].advantages.device)
+        # Of advantages, Monte Carlo returns and their errors, over the whole step and all ranks.
+        moments = torch.zeros(3, 3, dtype=torch.float64, device=batches[0][0].advantages.device)
         for batch, ref_logprobs in batches:
             # Demonstrations were not sampled by an engine: their rollout log-probabilities are NaN.
             is_sampled = ~batch.rollout_logprobs.isnan()
@@ -91,13 +97,25 @@ class CriticWorker:
             # NaN marks tokens of demonstrations, which have no return; compute_value_loss leaves them out.
             returns = torch.where(is_sampled, advantages + values, torch.full_like(values, torch.nan))
             self._return_batches.append((batch, returns))
-            moments += sum_moments(advantages, is_sampled & (batch.loss_weights > 0))
+            sampled_returns = compute_gae(rewards, torch.zeros_like(values), batch.sequence_index, gae_lambda=1.0)
+            is_counted = is_sampled & (batch.loss_weights > 0)
+            quantities = (advantages, sampled_returns, sampled_returns - values)
+            moments += torch.stack([sum_moments(quantity, is_counted) for quantity in quantities])
             advantage_batches.append((batch, is_sampled, advantages))
         dist.all_reduce(moments)
+        self._explained_variance = compute_explained_variance(moments[1], moments[2])
+        if is_diverging(moments[1], moments[2]) and not self._has_warned:
+            self._has_warned = True  # the metrics show the rest
+            logger.warning(
+                "critic: diverging, its errors are far larger than the returns (explained_variance=%.1f); lower "
+                "learner.critic_learning_rate (now %g)",
+                self._explained_variance,
+                self._learning_rate,
+            )
         return [
             replace(
                 batch,
-                advantages=torch.where(is_sampled, whiten_advantages(advantages, moments), batch.advantages),
+                advantages=torch.where(is_sampled, whiten_advantages(advantages, moments[0]), batch.advantages),
             )
             for batch, is_sampled, advantages in advantage_batches
         ]
@@ -105,7 +123,8 @@ class CriticWorker:
     def train_step(self, numbers: Sequence[int]) -> dict[str, float]:
         """One optimizer step on the batches `numbers` of the last `compute_advantages`.
 
-        Returns value loss and gradient norm, the same on every rank.
+        Returns value loss, gradient norm, whether the update was skipped for a non-finite gradient, and the explained
+        variance before the step's first update, the same on every rank.
         """
         total_loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for batch_number, (batch, returns) in enumerate(self._return_batches[number] for number in numbers):
@@ -118,8 +137,13 @@ class CriticWorker:
             is_last = batch_number == len(numbers) - 1
             total_loss += ds.accumulate_gradients(self.engine, forward, is_last=is_last)
         dist.all_reduce(total_loss)
-        _, grad_norm = ds.apply_optimizer_step(self.engine)
-        return {"value_loss": float(total_loss), "critic_grad_norm": grad_norm}
+        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
+        return {
+            "value_loss": float(total_loss),
+            "critic_grad_norm": grad_norm,
+            "critic_skipped": float(not is_applied),
+            "explained_variance": self._explained_variance,
+        }
 
     def _predict_values(self, batch: PackedBatch) -> Tensor:
         values: Tensor = self.engine(

@@ -8,13 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rluf.errors import ModelError
+from rluf.errors import ModelError, RlufError
 
 GAMMA = 1.0
 """Discount factor: responses are short and their reward arrives at the end."""
 GAE_LAMBDA = 0.95
 """Lambda of generalized advantage estimation, as in PPO's paper; 1 is the Monte Carlo return."""
 VARIANCE_EPSILON = 1e-8
+MIN_RETURN_VARIANCE = 0.01
+"""Smaller variances of returns count as this: rewards have about unit scale, and any error exceeds equal returns."""
+MAX_ERROR_RATIO = 10.0
+"""Mean squared error over mean squared return above which a critic counts as diverging; that of its first values, 0, is
+1."""
 
 
 class CriticModel(nn.Module):
@@ -105,7 +110,32 @@ def sum_moments(advantages: Tensor, counted_mask: Tensor) -> Tensor:
 
 def whiten_advantages(advantages: Tensor, total_moments: Tensor) -> Tensor:
     """(A - mean) / sqrt(var + 1e-8) with the sum_moments of the whole step, variance with n - 1, as in verl."""
-    count = max(2.0, float(total_moments[0]))
     mean = float(total_moments[1]) / max(1.0, float(total_moments[0]))
-    variance = max(0.0, float(total_moments[2]) - count * mean**2) / (count - 1)
-    return (advantages - mean) / (variance + VARIANCE_EPSILON) ** 0.5
+    return (advantages - mean) / (_compute_variance(total_moments) + VARIANCE_EPSILON) ** 0.5
+
+
+def compute_explained_variance(return_moments: Tensor, error_moments: Tensor) -> float:
+    """1 - Var(return - value) / Var(return) over tokens: 1 for a perfect critic, 0 for one that knows nothing.
+
+    The arguments are sum_moments of all ranks. Returns are Monte Carlo: a diverging critic distorts those of GAE.
+    Raises RlufError where they are not finite.
+    """
+    if not torch.stack([return_moments, error_moments]).isfinite().all():
+        raise RlufError(
+            "the values of PPO's critic are not finite: it has diverged; lower learner.critic_learning_rate, with "
+            "--resume from the last good checkpoint and run.resume_with=[learner.critic_learning_rate]"
+        )
+    return 1 - _compute_variance(error_moments) / max(MIN_RETURN_VARIANCE, _compute_variance(return_moments))
+
+
+def is_diverging(return_moments: Tensor, error_moments: Tensor) -> bool:
+    """Whether the errors of the values are far larger than the returns."""
+    return float(error_moments[2]) > MAX_ERROR_RATIO * max(
+        float(return_moments[2]), MIN_RETURN_VARIANCE * float(return_moments[0])
+    )
+
+
+def _compute_variance(moments: Tensor) -> float:
+    count = max(2.0, float(moments[0]))
+    mean = float(moments[1]) / max(1.0, float(moments[0]))
+    return max(0.0, float(moments[2]) - count * mean**2) / (count - 1)

@@ -26,7 +26,7 @@ RESERVED_OBJECTIVE_NAMES = frozenset({
     # Keys of a step's metrics, next to which the mean score of each objective stands in metrics.jsonl.
     "step", "version", "reward", "samples", "kl", "kl_coef", "kl_sequence", "kl_loss", "entropy", "loss", "policy_loss",
     "value_loss", "clip_share", "demonstration_nll", "grad_norm", "critic_grad_norm", "learning_rate", "skipped",
-    "truncated_share", "learner_mfu", "gpu_peak_gib", "gpu_allocated_gib",
+    "critic_skipped", "explained_variance", "truncated_share", "learner_mfu", "gpu_peak_gib", "gpu_allocated_gib",
     "response_length", "response_tokens", "prompt_tokens", "tokens_per_s", "learner_tokens_per_s", "ratio_mean",
     "ratio_max", "effective_sample_size", "mismatch_kl", "ratio_capped_fraction", "sync_logprob_gap", "staleness",
     "dropped_groups", "micro_batches", "gate_pass_rate", "liked_kl", "other_kl", "preference_accuracy", "weight_sync_s",

@@ -72,6 +72,11 @@ STEP_METRICS = (
     MetricSpec("demonstration_nll", "Demonstrations", "mean -logprob of demonstration tokens, nats", "learning",
                unit="nats"),
     MetricSpec("grad_norm", "Gradient norm", "before clipping", "learning", summary_statistic="max"),
+    MetricSpec("value_loss", "Value loss", "of PPO's critic, before the update", "learning"),
+    MetricSpec("explained_variance", "Explained variance", "of returns by PPO's critic: 1 perfect, 0 as their mean",
+               "learning", summary_statistic="min"),
+    MetricSpec("critic_skipped", "Skipped updates of the critic", "share of the step's updates, because of non-finite "
+               "gradients", "learning", summary_statistic="max", unit="share"),
     MetricSpec("learning_rate", "Learning rate", "of the step", "learning"),
     MetricSpec("skipped", "Skipped updates", "so far, because of non-finite gradients", "learning",
                summary_statistic="max"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import explained_variance_score
 from torch import Tensor
 
 from rluf.algorithms.advantages import (
@@ -20,8 +21,16 @@ from rluf.algorithms.advantages import (
     SampleValues,
     compute_advantages,
 )
-from rluf.algorithms.critic import build_token_rewards, compute_gae, compute_value_loss, sum_moments, whiten_advantages
-from rluf.errors import SettingsError
+from rluf.algorithms.critic import (
+    build_token_rewards,
+    compute_explained_variance,
+    compute_gae,
+    compute_value_loss,
+    is_diverging,
+    sum_moments,
+    whiten_advantages,
+)
+from rluf.errors import RlufError, SettingsError
 
 CENTERED_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "lite_ppo", "gdpo", "crpg")
 """Estimators whose values are zero where rewards are equal."""
@@ -293,6 +302,45 @@ def test_gae_equals_trl_and_verl_on_a_padded_batch() -> None:
     assert torch.allclose(advantages, expected[mask], atol=1e-6)
     moments = sum_moments(advantages, torch.ones(14, dtype=torch.bool))
     assert torch.allclose(whiten_advantages(advantages, moments), masked_whiten(expected, mask)[mask], atol=1e-6)
+
+
+def judge_critic(returns: torch.Tensor, values: torch.Tensor) -> tuple[float, bool]:
+    counted = torch.ones_like(returns, dtype=torch.bool)
+    moments = sum_moments(returns, counted), sum_moments(returns - values, counted)
+    return compute_explained_variance(*moments), is_diverging(*moments)
+
+
+def test_a_diverging_critic_is_seen() -> None:
+    returns, noise = torch.randn(2, 200, generator=torch.Generator().manual_seed(1))
+    assert judge_critic(returns, returns) == (1.0, False)
+    assert judge_critic(returns, torch.zeros(200)) == (pytest.approx(0.0), False)
+    explained = explained_variance_score(returns, returns + 0.5 * noise)
+    assert judge_critic(returns, returns + 0.5 * noise) == (pytest.approx(explained, abs=0.01), False)
+    assert judge_critic(returns, 2 * noise)[1] is False
+    assert judge_critic(returns, 10 * noise)[1]
+    assert judge_critic(returns, torch.full((200,), 20.0)) == (pytest.approx(0.0, abs=1e-6), True)
+    # All rewards are equal, as of a sparse reward that none gets: small values are not a divergence.
+    assert judge_critic(torch.zeros(200), 0.01 * noise)[1] is False
+
+
+def test_returns_of_gae_would_hide_a_diverging_critic() -> None:
+    """They follow the values that they are compared with."""
+    sequence_index, values = torch.zeros(200, dtype=torch.long), torch.linspace(10, 30, 200)
+    rewards = build_token_rewards(torch.ones(200), torch.zeros(200), sequence_index, 0.0)
+    gae_returns = compute_gae(rewards, values, sequence_index) + values
+    assert judge_critic(gae_returns, values)[1] is False
+    sampled_returns = compute_gae(rewards, torch.zeros(200), sequence_index, gae_lambda=1.0)
+    assert sampled_returns.tolist() == [1.0] * 200
+    assert judge_critic(sampled_returns, values)[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 9])
+def test_values_that_are_not_finite_stop_the_run_by_name(value: float, position: int) -> None:
+    values = torch.zeros(10)
+    values[position] = value
+    with pytest.raises(RlufError, match=r"values of PPO's critic are not finite.*learner\.critic_learning_rate"):
+        judge_critic(torch.ones(10), values)
 
 
 def test_value_loss_by_hand() -> None:
