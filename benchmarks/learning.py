@@ -1,12 +1,13 @@
 """Weights, floors, pessimism and updates per batch, each on a case whose right value is known.
 
 weights: the effective weight of an objective over 50 draws of the prompts of the reference sample, from the base
-answers of a finished run (`--run`): how many times the largest exceeds the smallest. `first batch` is the rule of
-earlier releases (12 prompts, deviation over all responses). floors: the multiplier of a policy exactly at its floor,
-and of one below it. updates: share of the possible gain that a table policy with a known optimum reaches with 25
-batches of 12 x 4, by learning rate and updates per batch, 6 seeds. options: what single options of the learner are
-worth on that policy (see `measure_options`). pessimism: AUROC of the love signal of an ensemble of probes (MiniLM, 2, 4
-and 6 layers) on dev rows of a prepared data set (`--data`), by aggregation.uncertainty_penalty.
+answers of a finished run (`--run`): how many times the largest exceeds the smallest, and its mean as a share of the
+weight that is set. `first batch` is the rule of earlier releases (12 prompts, deviation over all responses); the rules
+after `reference sample` were tried in its place (`list_other_scales`). floors: the multiplier of a policy exactly at
+its floor, and of one below it. updates: share of the possible gain that a table policy with a known optimum reaches
+with 25 batches of 12 x 4, by learning rate and updates per batch, 6 seeds. options: what single options of the learner
+are worth on that policy (see `measure_options`). pessimism: AUROC of the love signal of an ensemble of probes (MiniLM,
+2, 4 and 6 layers) on dev rows of a prepared data set (`--data`), by aggregation.uncertainty_penalty.
 The last line is JSON.
 
 Usage: python benchmarks/learning.py [--run RUN_FOLDER] [--data PREPARED_DATA_FOLDER]
@@ -43,7 +44,7 @@ from torch import nn
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.models.weight_average import WeightAverage
-from rluf.objectives.aggregator import LagrangeMultipliers, RewardNormalizer, compute_signal
+from rluf.objectives.aggregator import PRIOR_DEGREES, LagrangeMultipliers, RewardNormalizer, compute_signal
 from rluf.reward.export import export_models
 from rluf.reward.fit import HeadData, train_ensemble
 from rluf.reward.metrics import auroc
@@ -53,6 +54,8 @@ from rluf.types import ANSWERS_FILE, ScoringItem
 from rluf.utils.stats import logit
 
 DRAWS, FIRST_BATCH_PROMPTS, SAMPLES = 50, 12, 4
+DEVIATION_BIAS = 0.9213
+"""Expected standard deviation of SAMPLES normal numbers of standard deviation 1."""
 BASE_ARMS = ("base", "base_repeat")
 FLOOR_STEPS, FLOOR_RUNS = 100, 300
 BETWEEN_PROMPTS = 0.6
@@ -63,8 +66,32 @@ UPDATES = ((1, 1), (4, 1), (1, 4), (4, 2))
 PENALTIES = (0.0, 0.5, 1.0, 2.0, 3.0)
 
 
-def measure_weights(run_folder: Path) -> dict[str, dict[str, float]]:
-    """Largest over smallest effective weight in DRAWS draws of prompts without an objective of their own, by rule."""
+def list_other_scales(variances: np.ndarray) -> dict[str, float]:
+    """Scales by other rules than the product's, from the variance of the responses to each prompt [prompts].
+
+    `heavier prior`: four times PRIOR_DEGREES. `effective degrees`: the prior against the degrees of freedom that the
+    spread of the variances leaves (Satterthwaite, 1946). `log space`: the same, the mean taken of logarithms. `mean
+    deviation`: from the mean of the prompts' deviations, which few prompts of large variance move less.
+    """
+    degrees, mean_variance = len(variances) * (SAMPLES - 1), float(variances.mean())
+    effective = min(degrees, 2 * mean_variance**2 * len(variances) / float(variances.var()))
+
+    def shrink(variance: float, degrees: float, prior_degrees: float = PRIOR_DEGREES) -> float:
+        return math.sqrt((degrees * variance + prior_degrees) / (degrees + prior_degrees))
+
+    return {
+        "heavier prior": shrink(mean_variance, degrees, 4 * PRIOR_DEGREES),
+        "effective degrees": shrink(mean_variance, effective),
+        "log space": mean_variance ** (effective / (effective + PRIOR_DEGREES) / 2),
+        "mean deviation": shrink((float(np.sqrt(variances).mean()) / DEVIATION_BIAS) ** 2, degrees),
+    }
+
+
+def measure_weights(run_folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Effective weights in DRAWS draws of prompts without an objective of their own, by objective and rule.
+
+    Largest over smallest, and the mean as a share of the weight that is set.
+    """
     scores_by_prompt: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     own_topics = Settings().aggregation.topic_objectives
     for line in (run_folder / ANSWERS_FILE).read_text(encoding="utf-8").splitlines():
@@ -74,7 +101,7 @@ def measure_weights(run_folder: Path) -> dict[str, dict[str, float]]:
     prompts = list(scores_by_prompt.values())
     results = {}
     for objective in prompts[0][0]:
-        signals = [[logit(scores[objective]) for scores in rows[:SAMPLES]] for rows in prompts]
+        signals = [[logit(scores[objective]) for scores in rows[:SAMPLES]] for rows in prompts if len(rows) >= SAMPLES]
         rng = np.random.default_rng(0)
         draws = [
             [signals[index] for index in rng.integers(0, len(signals), REFERENCE_PROMPTS)] for _ in range(20 * DRAWS)
@@ -85,9 +112,16 @@ def measure_weights(run_folder: Path) -> dict[str, dict[str, float]]:
                 RewardNormalizer.fit({objective: draw}, logit_objectives=[objective]).sd[objective] for draw in draws
             ],
         }
+        for other_scales in (list_other_scales(np.var(draw, axis=1, ddof=1)) for draw in draws):
+            for rule, scale in other_scales.items():
+                rules.setdefault(rule, []).append(scale)
+        within_sd = RewardNormalizer.fit({objective: signals}).statistics[objective].within_sd
         # The effective weight is inverse to the scale; the median over 20 sets of DRAWS draws.
         results[objective] = {
-            rule: float(np.median([max(scales[i::20]) / min(scales[i::20]) for i in range(20)]))
+            rule: [
+                round(float(np.median([max(scales[i::20]) / min(scales[i::20]) for i in range(20)])), 2),
+                round(within_sd * float(np.mean(np.reciprocal(scales))), 2),
+            ]
             for rule, scales in rules.items()
         }
     return results
