@@ -6,9 +6,11 @@ import errno
 import json
 import logging
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +58,9 @@ MIN_READ_TASKS, MAX_READ_TASKS = 2, 32
 
 MAX_FILE_TASKS = 64
 """Tasks that read the files of one entry; with more files, a task reads several of them."""
+
+PROGRESS_INTERVAL_S = 10.0
+"""Seconds between two lines of progress."""
 
 _WORKSPACE_LAYOUT = 3
 """Version of the files in the working folder: a job does not resume from the folder of another layout."""
@@ -406,11 +411,35 @@ def _run_pass(
             task_rows.append({"name": pass_name, "part": index, "task": json.dumps(task), "done": str(result_path)})
     if results:
         logger.info("%s pass: resuming finished=%d tasks=%d", pass_name, len(results), len(tasks))
-    start_time = time.monotonic()
     if task_rows:
-        results |= {row["part"]: json.loads(row["result"]) for row in task_executor(task_rows)}
-    logger.debug("%s pass: tasks=%d seconds=%.1f", pass_name, len(task_rows), time.monotonic() - start_time)
+        with _log_progress(workspace, pass_name, len(tasks)):
+            results |= {row["part"]: json.loads(row["result"]) for row in task_executor(task_rows)}
     return [results[index] for index in range(len(tasks))]
+
+
+@contextmanager
+def _log_progress(workspace: PrepareWorkspace, pass_name: str, task_count: int) -> Iterator[None]:
+    """Log a line every PROGRESS_INTERVAL_S seconds while the block runs, and how long it took."""
+    start_time, is_over = time.monotonic(), threading.Event()
+
+    def log_lines() -> None:
+        while not is_over.wait(PROGRESS_INTERVAL_S):
+            finished = len(list(workspace.get_result_path("*").parent.glob(f"{pass_name}-*.json")))
+            row_count = workspace.count_rows_read() if pass_name == "validate" else 0
+            rows_text = f", {row_count:,} rows read" if row_count else ""
+            logger.info(
+                "prepare: %s pass: %d of %d tasks finished%s in %.0f s", pass_name, finished, task_count, rows_text,
+                time.monotonic() - start_time,
+            )  # fmt: skip
+
+    thread = threading.Thread(target=log_lines, name="prepare-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    logger.debug("%s pass: tasks=%d seconds=%.1f", pass_name, task_count, time.monotonic() - start_time)
 
 
 def execute_on_ray(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -421,9 +450,13 @@ def execute_on_ray(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     # Ray Data reports each dataset on the console; a pass is one line of ours, so its output is off while we run.
     context, ray_logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     progress_bars, print_on_start = context.enable_progress_bars, context.print_on_execution_start
+    no_progress_timeout_s = context.execution_no_progress_timeout_s
     log_level = ray_logger.level
     context.enable_progress_bars = progress_bars and sys.stderr.isatty()
     context.print_on_execution_start = False
+    # Ray Data sees no progress before a task ends, and gives up after half an hour. A task on 5 million rows takes
+    # longer on a busy machine.
+    context.execution_no_progress_timeout_s = -1
     ray_logger.setLevel(logging.ERROR)
     try:
         dataset = ray.data.from_items(list(task_rows), override_num_blocks=len(task_rows))
@@ -432,6 +465,7 @@ def execute_on_ray(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         raise _unwrap_error(error) from error
     finally:
         context.enable_progress_bars, context.print_on_execution_start = progress_bars, print_on_start
+        context.execution_no_progress_timeout_s = no_progress_timeout_s
         ray_logger.setLevel(log_level)
     return results
 

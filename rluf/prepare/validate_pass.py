@@ -41,7 +41,7 @@ from rluf.prepare.schema import (
     validate_json_rows,
 )
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, derive_sampling_salt, normalize_context, to_unit_interval
-from rluf.prepare.workspace import BucketWriter, RowCount, TableWriter, build_quarantine_table
+from rluf.prepare.workspace import BucketWriter, RowCount, RowsReadFile, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 
 _ROWS_PER_BATCH = 4096
@@ -527,7 +527,7 @@ def _add_extra_fields(row: Any, raw: bytes, writer: _ValidationWriter) -> Any:
 def validate_rows(task: ValidateTask) -> dict[str, Any]:
     """Run the first pass on one stripe of some files; returns what the card counts: rows, redactions, reactions."""
     now, entry = datetime.fromisoformat(task.current_time), task.source
-    writer = _ValidationWriter(task)
+    writer, rows_read = _ValidationWriter(task), RowsReadFile(task.work_folder, f"{task.kind_name}-{task.file_stem}")
     columns = find_reader(entry.reader, task.kind_name).columns if entry.reader is not None else {}
     converter = build_converter(task.kind_name, entry, columns, writer.rules, task.contradictions, task.test_share)
     for writer.source_index, writer.source_path in task.sources:
@@ -545,6 +545,7 @@ def validate_rows(task: ValidateTask) -> dict[str, Any]:
                     _validate_items(pending, converter, adapt is None, now, writer)
                     pending, pending_bytes = [], 0
             _validate_items(pending, converter, adapt is None, now, writer)
+            rows_read.add(len(lines))
     writer.close()
     row_counts = [
         RowCount(task.kind_name, key[1], rows, key[0], key[2], writer.example_locations.get(key, ""))

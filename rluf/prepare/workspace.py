@@ -31,6 +31,9 @@ from rluf.utils.files import replace_folder, try_lock, write_json
 CARD_FILE_NAME = "data_card.json"
 """Name of the card; a folder with this file is a prepared data set."""
 
+ROWS_READ_INTERVAL_S = 5.0
+"""Seconds between two updates of a RowsReadFile."""
+
 _STALE_SECONDS = 2 * 86400
 """Age in seconds after which an abandoned working folder is removed."""
 
@@ -51,6 +54,29 @@ class PrepareWorkspace:
         if not path.is_file():
             write_json(path, value)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def count_rows_read(self) -> int:
+        """Rows that the tasks of the first pass have read so far (see RowsReadFile)."""
+        counts = (path.read_text(encoding="ascii") for path in (self.root / "rows_read").glob("*.txt"))
+        return sum(int(count) for count in counts)
+
+
+class RowsReadFile:
+    """Number of rows that a task has read so far, in a file of the working folder, written once in a few seconds."""
+
+    def __init__(self, work_folder: str, task_name: str) -> None:
+        self._path = Path(work_folder) / "rows_read" / f"{task_name}.txt"
+        self._path.parent.mkdir(exist_ok=True)
+        self._row_count, self._written_at = 0, 0.0
+
+    def add(self, row_count: int) -> None:
+        """Add `row_count` rows."""
+        self._row_count += row_count
+        if time.monotonic() - self._written_at >= ROWS_READ_INTERVAL_S:
+            partial_path = self._path.with_suffix(".partial")
+            partial_path.write_text(str(self._row_count), encoding="ascii")
+            partial_path.replace(self._path)
+            self._written_at = time.monotonic()
 
 
 def hash_inputs(inputs: Mapping[str, object]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
+from rluf.prepare import pipeline
 from rluf.prepare.card import count_rows_by_outcome
 from rluf.prepare.pipeline import build_data_set
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
@@ -37,7 +40,12 @@ def local_ray() -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
+    context = ray.data.DataContext.get_current()
+    # Tasks take longer than Ray Data would wait for progress, as those of millions of rows do.
+    default_timeout_s, context.execution_no_progress_timeout_s = context.execution_no_progress_timeout_s, 0.05
     yield
+    assert context.execution_no_progress_timeout_s == 0.05
+    context.execution_no_progress_timeout_s = default_timeout_s
     if owns_ray:
         ray.shutdown()
 
@@ -50,6 +58,22 @@ def build_settings(log: dict[str, Path], **prepare: Any) -> Settings:
 def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(folder / f"{name}.parquet").to_pylist()
     return rows
+
+
+def test_long_passes_log_tasks_and_rows(
+    log: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "PROGRESS_INTERVAL_S", 0.05)
+
+    def execute_slowly(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        results = [result for row in task_rows for result in pipeline.run_task(row)]
+        time.sleep(0.2)
+        return results
+
+    with caplog.at_level(logging.INFO):
+        build_data_set(build_settings(log), tmp_path / "data", execute_slowly)
+    assert re.search(r"prepare: validate pass: (\d+) of \1 tasks finished, [\d,]+ rows read in", caplog.text)
+    assert re.search(r"prepare: write pass: (\d+) of \1 tasks finished in", caplog.text)
 
 
 def test_a_valid_log_becomes_a_data_set(log: dict[str, Path], tmp_path: Path) -> None:
