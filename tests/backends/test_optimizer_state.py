@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,31 +59,60 @@ def copy_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: tensor.clone() for bucket in ds.gather_parameters(engine, 1 << 20) for name, tensor in bucket}
 
 
+@dataclass(frozen=True)
+class SavedRun:
+    """State and weights of a run after two steps, and the state of another run that took four without a stop."""
+
+    state_file: Path
+    schedule: dict[str, Any]
+    weights: dict[str, Tensor]
+    learning_rate: float
+    uninterrupted_file: Path
+
+
+@pytest.fixture(scope="module")
+def get_saved_run(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], SavedRun]:
+    """The saved run of a ZeRO stage and dtype: every test that resumes at another stage starts from the same."""
+
+    @cache
+    def run(stage: int, dtype: str) -> SavedRun:
+        folder = tmp_path_factory.mktemp("saved")
+        uninterrupted, interrupted = make_engine(stage, dtype), make_engine(stage, dtype)
+        advance(uninterrupted, range(4))
+        save_optimizer_state(uninterrupted, folder / "uninterrupted", {})
+        advance(interrupted, range(2))
+        schedule = save_optimizer_state(interrupted, folder / "state.safetensors", {"random": torch.arange(3)})
+        return SavedRun(
+            folder / "state.safetensors",
+            schedule,
+            copy_weights(interrupted),
+            ds.get_learning_rate(interrupted),
+            folder / "uninterrupted",
+        )
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("saved_stage", STAGES)
-def test_two_steps_resumed_at_any_stage_equal_four(saved_stage: int, stage: int, dtype: str, tmp_path: Path) -> None:
-    uninterrupted = make_engine(stage, dtype)
-    advance(uninterrupted, range(4))
-    interrupted = make_engine(saved_stage, dtype)
-    advance(interrupted, range(2))
-    file = tmp_path / "state.safetensors"
-    schedule = save_optimizer_state(interrupted, file, {"random": torch.arange(3)})
-    saved_weights = copy_weights(interrupted)
+def test_two_steps_resumed_at_any_stage_equal_four(
+    saved_stage: int, stage: int, dtype: str, tmp_path: Path, get_saved_run: Callable[[int, str], SavedRun]
+) -> None:
+    saved, uninterrupted_file = get_saved_run(saved_stage, dtype), get_saved_run(stage, dtype).uninterrupted_file
     resumed = make_engine(stage, dtype)
-    assert load_optimizer_state(resumed, [file], schedule)["random"].tolist() == [0, 1, 2]
-    assert all(torch.equal(tensor, saved_weights[name]) for name, tensor in copy_weights(resumed).items())
-    assert ds.get_learning_rate(resumed) == ds.get_learning_rate(interrupted)
+    assert load_optimizer_state(resumed, [saved.state_file], saved.schedule)["random"].tolist() == [0, 1, 2]
+    assert all(torch.equal(tensor, saved.weights[name]) for name, tensor in copy_weights(resumed).items())
+    assert ds.get_learning_rate(resumed) == saved.learning_rate
     advance(resumed, range(2, 4))
     save_optimizer_state(resumed, tmp_path / "resumed", {})
-    save_optimizer_state(uninterrupted, tmp_path / "uninterrupted", {})
     if stage == saved_stage:
-        assert (tmp_path / "resumed").read_bytes() == (tmp_path / "uninterrupted").read_bytes()
-    expected = load_file(tmp_path / "uninterrupted")
+        assert (tmp_path / "resumed").read_bytes() == uninterrupted_file.read_bytes()
+    expected = load_file(uninterrupted_file)
     for name, tensor in load_file(tmp_path / "resumed").items():
         # In bfloat16 stages sum gradients in different dtypes.
         assert torch.allclose(tensor, expected[name], rtol=1e-5 if dtype == "float32" else 2e-2, atol=1e-6), name
-    assert not torch.equal(copy_weights(resumed)["first.weight"], saved_weights["first.weight"])
+    assert not torch.equal(copy_weights(resumed)["first.weight"], saved.weights["first.weight"])
 
 
 @pytest.mark.parametrize(("changes", "factor"), [({"learning_rate": 2e-2}, 2.0), ({"warmup_steps": 6}, 0.5)])
@@ -109,17 +141,17 @@ def test_optimizer_state_of_another_model_is_refused(stage: int, tmp_path: Path)
 @pytest.mark.parametrize("saved_stage", STAGES)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_whose_range_is_padding_only_resumes(
-    saved_stage: int, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_stage: int,
+    stage: int,
+    get_saved_run: Callable[[int, str], SavedRun],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # With more ranks than a small model (a head, a LoRA) fills, the last ranks have no parameter.
-    file = tmp_path / "state"
-    saved = make_engine(saved_stage)
-    advance(saved, range(2))
-    schedule = save_optimizer_state(saved, file, {"random": torch.arange(3)})
+    saved = get_saved_run(saved_stage, "float32")
     resumed = make_engine(stage)
     masters = optimizer_state.list_master_weights(resumed)
     monkeypatch.setattr(optimizer_state, "_describe_layout", lambda _: [[] for _ in masters])
-    assert load_optimizer_state(resumed, [file], schedule)["random"].tolist() == [0, 1, 2]
+    assert load_optimizer_state(resumed, [saved.state_file], saved.schedule)["random"].tolist() == [0, 1, 2]
     assert not any(master.any() for master in masters)
     advance(resumed, range(1))
 
