@@ -59,6 +59,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Collect everything at the end; extension modules report what is left as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _own_runs_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write runs to a temporary folder unless a test sets another one."""
