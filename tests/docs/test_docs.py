@@ -24,7 +24,7 @@ from rluf.tracking.metric_registry import STEP_METRICS
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NO_OPTIONS = CommandOptions(lambda _: None)
-OWN_PARSER = "argparse.ArgumentParser("
+OWN_PARSER = "CommandParser("
 PROGRAM_NAMES = (
     "python", "make", "ray", "source", "export", "cp", "wandb", "pip", "kubectl", "curl", "git", "docker", "helm",
 )  # fmt: skip
