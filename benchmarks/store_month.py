@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 
 from rluf.prepare.readers.feedback_folder import list_row_files, read_late_reactions
 from rluf.prepare.schema import ChatMessage, FeedbackRecord
-from rluf.serve.store import FeedbackEvent, FeedbackStore
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import FeedbackEvent
 from rluf.utils.files import to_jsonable
 
 START_TIME = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
@@ -64,7 +65,7 @@ class SimulatedMonth:
 
 def simulate_month(user_count: int, seed: int) -> SimulatedMonth:
     """Chats and reactions of users, of whom each has one arm. Policies choose one of a few responses."""
-    from rluf.serve.deployments import assign_arm
+    from rluf.serve.assignment import assign_arm
 
     rng = np.random.default_rng(seed)
     love = rng.uniform(0.2, 1.8, len(RESPONSES)) * MEAN_LOVE_RATE

@@ -27,7 +27,7 @@ from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
-from rluf.serve.store import FeedbackEvent, PreferenceEvent
+from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 from rluf.types import Message, Score, ScoringItem
 from rluf.utils.hashing import hash_user_id, is_response_of_user, is_signed_response_id
 
@@ -391,7 +391,9 @@ _NEUTRAL_CHAT_VALUES: dict[str, Sequence[Any]] = {
     "tool_choice": ("none", "auto"), "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1), "min_p": (0,),
     "best_of": (1,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
     "skip_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
-    "chat_template_kwargs": ({},), "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (),
+    "chat_template_kwargs": ({},), "functions": ([],), "logit_bias": ({},), "stop_token_ids": ([],), "bad_words": ([],),
+    "echo": (False,), "use_beam_search": (False,), "length_penalty": (1,), "verbosity": ("medium",),
+    "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (),
     "priority": (), "request_id": (), "cache_salt": (),
 }  # fmt: skip
 

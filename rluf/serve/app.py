@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -22,7 +22,7 @@ import rluf
 from rluf.serve import api
 from rluf.serve.api import ApiError, ScoredItem
 from rluf.serve.compat import add_compat_routes
-from rluf.serve.middleware import INTERNAL_ERROR, SCOPES_KEY, ServiceBackend, ServiceMiddleware
+from rluf.serve.middleware import INTERNAL_ERROR, PROBE_PATHS, SCOPES_KEY, ServiceBackend, ServiceMiddleware
 from rluf.utils.hashing import is_signed_response_id
 from rluf.utils.stats import logit
 
@@ -63,6 +63,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # behind a TLS proxy the redirect would lead to plain HTTP
+        dependencies=[Depends(_check_query)],
     )
     _add_error_handlers(app)
     _add_score_routes(app, backend)
@@ -74,6 +75,13 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
     middleware: Any = ServiceMiddleware(app, backend)
     return ProxyHeadersMiddleware(middleware, trusted_hosts=list(backend.rules.trusted_proxies))
+
+
+async def _check_query(request: Request) -> None:
+    """Raise ApiError 422 for fields in the query string of a request with a body, which would be ignored there."""
+    if request.method == "POST" and request.query_params and request.url.path not in PROBE_PATHS:
+        name = next(iter(request.query_params))
+        raise ApiError(422, "invalid", f"{name[:40]!a}: send this field in the JSON body; the query string is not read")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -226,6 +234,9 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
             raise ApiError(404, "unknown", "no response with that id was served here")
+        if outcome == "elsewhere":
+            reason = "another cluster served one of the responses, or its row was erased; choose between two new ones"
+            raise ApiError(409, "elsewhere", reason)
         if outcome == "unreadable":
             raise ApiError(503, "store", "one of the responses cannot be looked up now; send it again later", 5.0)
         if outcome == "mismatch":
@@ -291,6 +302,8 @@ def _add_status_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.get("/metrics", tags=["service"], response_class=Response)
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
+        if (damaged_row_count := await backend.count_damaged_rows()) is not None:
+            backend.metrics.damaged_rows.set(damaged_row_count)
         return Response(backend.metrics.to_prometheus_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -49,7 +49,8 @@ from rluf.serve.middleware import (
     read_access_tokens,
 )
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
-from rluf.serve.store import DATABASE_FILE, FeedbackStore
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_database import DATABASE_FILE
 from rluf.serve.writers import list_writer_names, read_writer_name, resolve_writer_folders
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.files import atomic_write, fsync_path

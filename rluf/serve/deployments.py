@@ -8,7 +8,6 @@ dies, its batch is sent again; scoring has no side effects.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import sqlite3
@@ -43,14 +42,16 @@ from rluf.serve.api import (
     build_served_event,
     to_messages,
 )
+from rluf.serve.assignment import assign_arm, is_canary
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.observability import setup_service_logging, start_tracing, tracer
-from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import StoreEvent, StoreOutcome
 from rluf.serve.writers import WRITER_STALE_S, flush_stopped_writers, mark_alive, resolve_writer_folders
 from rluf.types import Score, ScoringItem
-from rluf.utils.hashing import create_response_id, hash_to_unit_interval
+from rluf.utils.hashing import create_response_id
 
 logger = logging.getLogger("rluf.serve")
 
@@ -213,6 +214,10 @@ class FeedbackWriter:
         if self._write_task is None or self._write_task.done():
             self._write_task = asyncio.create_task(self._write_pending())
         return await future
+
+    async def count_damaged_rows(self) -> int:
+        """Number of rows that cannot be written, since the disk changed them."""
+        return self._feedback_store.damaged_row_count
 
     async def flush_settled(self, all_rows: bool = False) -> int:
         """Write settled rows (or all) to Parquet now; returns the number of rows."""
@@ -494,6 +499,14 @@ class GatewayDeployment:
         """Store a choice between two responses of this service."""
         return await self._store_event(build_preference_event(request, self._user_salt))
 
+    async def count_damaged_rows(self) -> int | None:
+        """Number of rows that the feedback writer cannot write; None while it does not respond."""
+        try:
+            async with asyncio.timeout(1.0):
+                return int(await self._feedback_writer.count_damaged_rows.remote())
+        except (TimeoutError, BackPressureError, *REPLICA_LOST_ERRORS):
+            return None
+
     async def _store_event(self, event: StoreEvent) -> StoreOutcome:
         try:
             (outcome,) = await self._feedback_writer.append_events.remote([event])
@@ -550,29 +563,6 @@ class GatewayDeployment:
         while self.running_requests > 0 and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         return self.running_requests
-
-
-def is_canary(assignment_key: str | None, share: float) -> bool:
-    """Whether the candidate scores a user or conversation: always the same answer for a key and share.
-
-    A larger share adds keys and moves none back. Items without a key are not assigned: their turns could not be joined.
-    """
-    return assignment_key is not None and hash_to_unit_interval(assignment_key, "rluf-canary") < share
-
-
-def assign_arm(assignment_key: str, shares: Mapping[str, float], salt: bytes) -> str:
-    """The arm of a user or conversation: always the same one for a key, its shares and salt.
-
-    Arms are laid out in the order of `shares`, so that a ramp of two arms moves users in one direction only. The salt
-    is secret, so that users cannot choose an id for its arm.
-    """
-    digest = hashlib.blake2b(assignment_key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt[:64]).digest()
-    point, total = int.from_bytes(digest, "big") / 2**64, 0.0
-    for arm, share in shares.items():
-        total += share
-        if point < total:
-            return arm
-    return max(shares, key=lambda name: shares[name])  # the shares sum to 1 up to rounding
 
 
 def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:

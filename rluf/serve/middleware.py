@@ -39,7 +39,7 @@ from rluf.serve.api import (
 )
 from rluf.serve.batching import BatchStats
 from rluf.serve.observability import tracer
-from rluf.serve.store import StoreOutcome
+from rluf.serve.store_events import StoreOutcome
 from rluf.types import Score, ScoringItem
 
 if TYPE_CHECKING:
@@ -148,6 +148,9 @@ class ServeMetrics:
         )
         self.feedback_requests = Counter("rluf_feedback", "Feedback requests", ("outcome",), registry=registry)
         self.rows_without_user = Counter("rluf_rows_without_user", "Chats without a user id", registry=registry)
+        self.damaged_rows = Gauge(
+            "rluf_damaged_rows", "Feedback that cannot be written, since the disk changed it", registry=registry
+        )
         self.scorer_retries = Counter("rluf_scorer_retries", "Batches repeated after a replica died", registry=registry)
         self._running_means: dict[tuple[str, str], RunningMean] = {}
 
@@ -217,6 +220,9 @@ class ServiceBackend(Protocol):
 
     async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
         """Store a choice between two responses; it is on disk when this returns."""
+
+    async def count_damaged_rows(self) -> int | None:
+        """Number of rows that the feedback store cannot write, since the disk changed them; None if unknown now."""
 
     async def list_models(self) -> list[ModelInfo]:
         """Return all served reward models and policies."""

@@ -23,12 +23,11 @@ import sqlite3
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import chain, combinations, groupby
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,19 +51,27 @@ from rluf.prepare.schema import (
     build_records_table,
 )
 from rluf.serve.parquet_folder import ParquetFolder
-from rluf.utils.hashing import hash_parts
+from rluf.serve.store_database import (
+    DATABASE_FILE,
+    add_late_reactions,
+    erase_from_database,
+    find_choice_ids,
+    list_open_rows,
+    open_database,
+)
+from rluf.serve.store_events import (
+    FeedbackEvent,
+    PreferenceEvent,
+    StoreEvent,
+    StoreOutcome,
+    hash_content,
+    hash_messages,
+)
 
 logger = logging.getLogger("rluf.serve")
 
-StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "conflict", "settled", "mismatch", "unreadable"]
-"""stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
-response; conflict: the row with this id is of another response, user or conversation; settled: too late for another
-choice; mismatch: no choice, since the two responses answer different messages or are equal; unreadable: the file with a
-response of the choice cannot be read."""
-
 WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
 """Environment variable that names the writer of a cluster, where several clusters serve into one store."""
-DATABASE_FILE = "open_rows.sqlite3"
 _CONTENT_FIELDS = ("user_id", "conversation_id", "messages", "response")
 MAX_ROWS_PER_FILE = 20_000
 """Maximum number of settled rows per Parquet file, before the files of a day are merged."""
@@ -74,49 +81,6 @@ REPLACES_KEY = b"rluf.replaces"
 """Metadata key of a merged file: JSON list of the names of the files whose rows it has."""
 LOCK_TIMEOUT_S = 60.0
 """Seconds to wait until an earlier writer of the store has ended: a restarted replica overlaps with the old one."""
-# A settled row keeps its id, its present reaction and the hash of its content (_hash_content; null for rows of earlier
-# releases); its record is then in a Parquet file only. `files` are those that the database knows, by their path under
-# the root.
-_CREATE_TABLES = """
-CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, reaction TEXT, received_at REAL, conversation_id TEXT,
-                                 turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT, content TEXT);
-CREATE INDEX IF NOT EXISTS open_by_time ON rows (received_at) WHERE record IS NOT NULL;
-CREATE INDEX IF NOT EXISTS open_by_conversation ON rows (conversation_id) WHERE record IS NOT NULL;
-CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS preferences (id TEXT PRIMARY KEY, chosen_id TEXT, received_at REAL, record TEXT);
-CREATE INDEX IF NOT EXISTS open_preferences ON preferences (received_at) WHERE record IS NOT NULL;
-CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class FeedbackEvent:
-    """A served response (`record` set, no reaction yet), a reaction (`record` None), or both.
-
-    `replaced_reactions` is set for a response that the service has certainly served: if this store has no row of it,
-    another writer has, and the reaction replaces whichever of these that row has.
-    """
-
-    id: str
-    reaction: str | None = None
-    record: FeedbackRecord | None = None
-    replaced_reactions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceEvent:
-    """A choice between two served responses to one conversation; of two choices between them the later counts."""
-
-    chosen_id: str
-    rejected_id: str
-
-    @property
-    def id(self) -> str:
-        """The same id whichever of the two was chosen."""
-        return "preference-" + hash_parts(*sorted((self.chosen_id, self.rejected_id)))
-
-
-StoreEvent = FeedbackEvent | PreferenceEvent
 
 
 class FeedbackStore(ParquetFolder):
@@ -144,12 +108,14 @@ class FeedbackStore(ParquetFolder):
         self._lock_timeout_s = LOCK_TIMEOUT_S if lock_timeout_s is None else lock_timeout_s
         self._connection: sqlite3.Connection | None = None
         self._merged_until = ""
+        self._damaged_rows: dict[str, set[int]] = defaultdict(set)  # row numbers by table
 
     def start(self) -> int:
         """Open the store, alone, and read the files that its database does not know; returns the number of open rows.
 
         Raises DataError when the store cannot be read, ResourceError when another writer has it or it is not a folder.
         """
+        self._damaged_rows.clear()
         try:
             self.log_folder.mkdir(parents=True, exist_ok=True)
             self._open_root()
@@ -159,7 +125,7 @@ class FeedbackStore(ParquetFolder):
                     "(its service does when it stops after serve.reaction_window_s), or move the file away"
                 )
             with contextlib.ExitStack() as stack:
-                self._connection = connection = self._open_database()
+                self._connection = connection = open_database(self.log_folder, self._lock_timeout_s)
                 # A failed start must release the lock, or the next one would wait for it in vain.
                 stack.callback(self.close)
                 self._delete_partial_files()
@@ -195,46 +161,60 @@ class FeedbackStore(ParquetFolder):
             raise OSError(f"feedback store {self.root}: {error}") from error
 
     def flush_settled(self, *, all_rows: bool = False) -> int:
-        """Write what is settled (or all) to Parquet; returns the number of rows, late reactions and preferences."""
-        connection, now = self._require_open(), self.clock()
-        settled_before = math.inf if all_rows else now - self.reaction_window_s
-        count = 0
+        """Write what is settled (or all) to Parquet; returns the number of rows, late reactions and preferences.
+
+        What the disk changed stays in the database, is logged, and counts in `damaged_row_count`.
+        """
+        settled_before = math.inf if all_rows else self.clock() - self.reaction_window_s
+        return (
+            self._flush_table("rows", "", settled_before, self._parse_settled_row)
+            # A late reaction has settled when it arrives.
+            + self._flush_table("late_reactions", REACTIONS_FOLDER, math.inf, ReactionRecord.model_validate_json)
+            + self._flush_table("preferences", PREFERENCES_FOLDER, settled_before, PreferenceRecord.model_validate_json)
+        )
+
+    @property
+    def damaged_row_count(self) -> int:
+        """Rows, late reactions and choices since `start` that the disk changed, so that they cannot be written."""
+        return sum(map(len, self._damaged_rows.values()))
+
+    def _flush_table(
+        self, table: str, folder: str, settled_before: float, parse_record: Callable[..., LogRecord]
+    ) -> int:
+        """Write the settled records of a table; returns their number."""
+        connection, damaged_rows, count = self._require_open(), self._damaged_rows[table], 0
+        columns = "id, record, content, reaction, continued" if table == "rows" else "record"
+        query = (
+            f"SELECT rowid, id, received_at, {columns} FROM {table} WHERE record IS NOT NULL AND received_at <= ? "
+            "AND rowid NOT IN (SELECT value FROM json_each(?)) ORDER BY received_at, rowid LIMIT ?"
+        )
         while rows := connection.execute(
-            "SELECT received_at, id, record, content, reaction, continued FROM rows WHERE record IS NOT NULL AND "
-            "received_at <= ? ORDER BY received_at LIMIT ?",
-            (settled_before, MAX_ROWS_PER_FILE),
+            query, (settled_before, json.dumps(sorted(damaged_rows)), MAX_ROWS_PER_FILE)
         ).fetchall():
-            records: list[LogRecord] = []
-            for _, row_id, record_json, content, reaction, continued in rows:
-                changes = {"reaction": reaction} | ({"continued": True} if continued else {})
-                records.append(self._parse_open_row(row_id, record_json, content).model_copy(update=changes))
-            self._write_days("", "feedback", records, [row[0] for row in rows], "UPDATE rows SET record = NULL")
-            count += len(rows)
-        # A late reaction has settled when it arrives.
-        for table, folder, record_type, limit, mark_statement in (
-            ("late_reactions", REACTIONS_FOLDER, ReactionRecord, math.inf, "DELETE FROM late_reactions"),
-            (
-                "preferences",
-                PREFERENCES_FOLDER,
-                PreferenceRecord,
-                settled_before,
-                "UPDATE preferences SET record = NULL",
-            ),
-        ):
-            while rows := connection.execute(
-                f"SELECT received_at, record FROM {table} WHERE record IS NOT NULL AND received_at <= ? "
-                "ORDER BY received_at, rowid LIMIT ?",
-                (limit, MAX_ROWS_PER_FILE),
-            ).fetchall():
-                records = [record_type.model_validate_json(row[1]) for row in rows]
-                self._write_days(folder, folder.strip("_"), records, [row[0] for row in rows], mark_statement)
-                count += len(rows)
+            records, times = [], []
+            for row_number, row_id, received_at, *values in rows:
+                try:
+                    record = parse_record(*values)
+                    # Another id would be written again and again, since the row of this one stays open.
+                    if record.id != row_id:  # type: ignore[attr-defined]
+                        raise self._build_damage_error(row_id, table)
+                    _format_day(received_at)
+                except (DataError, ValueError, TypeError, OverflowError, OSError):
+                    damaged_rows.add(row_number)
+                    logger.error("feedback store %s: %s", self.root, self._build_damage_error(row_id, table))
+                    continue
+                records.append(record)
+                times.append(received_at)
+            if records:
+                self._write_days(table, folder, records, times)
+            count += len(records)
         return count
 
     def merge_days(self) -> int:
         """Merge the files of each day that is older than MERGE_AGE; returns the number of files that were replaced.
 
-        Does nothing when it was called before on the same day, or when another writer has files here. A reader that
+        Does nothing when it was called before on the same day, or when another writer has files here. A day with a
+        file that cannot be read stays as it is, and is logged. A reader that
         opens a replaced file fails and can be run again; at no time does a row appear in no file.
         """
         last_day = _format_day((datetime.fromtimestamp(self.clock(), UTC) - MERGE_AGE).timestamp())
@@ -255,8 +235,11 @@ class FeedbackStore(ParquetFolder):
             group = list(paths)
             _, separator, day = folder.rpartition("date=")
             if separator and day <= last_day and len(group) > 1:
-                self._merge_files(folder, group)
-                replaced_count += len(group)
+                try:
+                    self._merge_files(folder, group)
+                    replaced_count += len(group)
+                except DataError as error:
+                    logger.error("feedback store %s: files of a day not merged: %s", self.root, error)
         self._merged_until = last_day
         return replaced_count
 
@@ -268,14 +251,14 @@ class FeedbackStore(ParquetFolder):
         """
         connection = self._require_open()
         ids_by_context: dict[str, set[str]] = defaultdict(set)
-        for row in self._list_open_rows(id_forms):
-            ids_by_context[_hash_messages(row["messages"])].add(row["id"])
+        for row in list_open_rows(self._require_open(), id_forms):
+            ids_by_context[hash_messages(row["messages"])].add(row["id"])
         row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
         for path in row_files:
             for row in self._read_user_rows(path, id_forms, ["id", "messages"]):
-                ids_by_context[_hash_messages(row["messages"])].add(row["id"])
+                ids_by_context[hash_messages(row["messages"])].add(row["id"])
         row_ids = {row_id for context_ids in ids_by_context.values() for row_id in context_ids}
-        choice_ids = self._find_choice_ids(connection, ids_by_context)
+        choice_ids = find_choice_ids(connection, ids_by_context)
         counts = {"rows": len(row_ids), "reactions": 0, "preferences": 0}
         # The files of rows come last: they name the user, so after a crash a repetition finds all that is left.
         for path in self._list_files():
@@ -283,7 +266,8 @@ class FeedbackStore(ParquetFolder):
                 counts["reactions"] += self._remove_rows(path, "response_id", row_ids)
             elif path.startswith(f"{PREFERENCES_FOLDER}/"):
                 counts["preferences"] += self._remove_rows(path, "id", choice_ids)
-        self._erase_from_database(connection, row_ids, choice_ids, counts)
+        erase_from_database(connection, row_ids, choice_ids, counts)
+        self._damaged_rows.clear()  # the rows have other numbers now
         for path in row_files:
             self._remove_rows(path, "id", row_ids)
         for path in self._list_files():
@@ -293,19 +277,11 @@ class FeedbackStore(ParquetFolder):
 
     def find_user_ids(self, id_forms: Sequence[str]) -> set[str]:
         """Which of these ids a row names as its user, device or author (USER_COLUMNS)."""
-        rows = self._list_open_rows(id_forms)
+        rows = list_open_rows(self._require_open(), id_forms)
         for path in self._list_files():
             if not is_in_hidden_folder(path):
                 rows += self._read_user_rows(path, id_forms, sorted(USER_COLUMNS))
         return {row[name] for row in rows for name in USER_COLUMNS if row.get(name) is not None}.intersection(id_forms)
-
-    def _list_open_rows(self, id_forms: Sequence[str]) -> list[dict[str, Any]]:
-        """Rows of the database that name one of the ids as user, device or author."""
-        connection = self._require_open()
-        connection.create_function("is_erased_user", 1, set(id_forms).__contains__)
-        condition = " OR ".join(f"is_erased_user(json_extract(record, '$.{name}'))" for name in sorted(USER_COLUMNS))
-        query = f"SELECT record FROM rows WHERE record IS NOT NULL AND ({condition})"
-        return [json.loads(record_json) for (record_json,) in connection.execute(query)]
 
     def _read_user_rows(self, path: str, id_forms: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of a file that name one of the ids as user, device or author, with the `columns` that the file has."""
@@ -316,16 +292,6 @@ class FeedbackStore(ParquetFolder):
         is_users_row = functools.reduce(operator.or_, conditions, pc.scalar(False))
         return self._read_table(path, columns=[n for n in columns if n in names], filters=is_users_row).to_pylist()
 
-    @staticmethod
-    def _find_choice_ids(connection: sqlite3.Connection, ids_by_context: Mapping[str, Iterable[str]]) -> set[str]:
-        """Ids of the stored choices between responses to the same messages."""
-        known_ids = {choice_id for (choice_id,) in connection.execute("SELECT id FROM preferences")}
-        if not known_ids:
-            return set()
-        # Most pairs have no choice, and a user with many rows has too many pairs for memory.
-        pairs = chain.from_iterable(combinations(context_ids, 2) for context_ids in ids_by_context.values())
-        return known_ids.intersection(PreferenceEvent(*pair).id for pair in pairs)
-
     def _remove_rows(self, path: str, column: str, erased_ids: Iterable[str]) -> int:
         """Rewrite or delete a file without the rows whose `column` is one of the ids; returns their number."""
         table = self._read_table(path)
@@ -335,26 +301,6 @@ class FeedbackStore(ParquetFolder):
         elif remaining.num_rows < table.num_rows:
             self._write_parquet(path, [remaining])
         return int(table.num_rows - remaining.num_rows)
-
-    @staticmethod
-    def _erase_from_database(
-        connection: sqlite3.Connection, row_ids: Iterable[str], choice_ids: Iterable[str], counts: dict[str, int]
-    ) -> None:
-        """Delete rows with their late reactions and choices; adds those that no file had to `counts`."""
-        # Deleted pages are overwritten, then the file is rebuilt without them.
-        connection.execute("PRAGMA secure_delete = ON")
-        with connection:
-            by_row, by_choice = ([(row_id,) for row_id in sorted(ids)] for ids in (row_ids, choice_ids))
-            connection.executemany("DELETE FROM rows WHERE id = ?", by_row)
-            # What had settled was counted in its files.
-            for kind, statement, ids in (
-                ("reactions", "DELETE FROM late_reactions WHERE json_extract(record, '$.response_id') = ?", by_row),
-                ("preferences", "DELETE FROM preferences WHERE id = ? AND record IS NOT NULL", by_choice),
-            ):
-                counts[kind] += max(connection.executemany(statement, ids).rowcount, 0)
-            connection.executemany("DELETE FROM preferences WHERE id = ?", by_choice)
-        connection.execute("VACUUM")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close the database, which releases its lock; open rows stay in it for the next start."""
@@ -367,21 +313,8 @@ class FeedbackStore(ParquetFolder):
             raise ResourceError("the feedback store is closed; start it first")
         return self._connection
 
-    def _open_database(self) -> sqlite3.Connection:
-        # The owner may call from several threads, one at a time.
-        connection = sqlite3.connect(
-            self.log_folder / DATABASE_FILE, timeout=self._lock_timeout_s, check_same_thread=False
-        )
-        # The exclusive lock makes this the only writer until it closes or dies; FULL syncs the log at each commit.
-        connection.executescript(
-            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _CREATE_TABLES
-        )
-        if "content" not in {column[1] for column in connection.execute("PRAGMA table_info(rows)")}:
-            connection.execute("ALTER TABLE rows ADD COLUMN content TEXT")
-        return connection
-
     def _apply_event(self, connection: sqlite3.Connection, event: FeedbackEvent, received_at: float) -> StoreOutcome:
-        content = None if event.record is None else _hash_content(event.record.model_dump())
+        content = None if event.record is None else hash_content(event.record.model_dump())
         query = "SELECT reaction, record IS NOT NULL, coalesce(content, ?) FROM rows WHERE id = ?"
         stored = connection.execute(query, (content, event.id)).fetchone()
         if stored is None:
@@ -389,14 +322,14 @@ class FeedbackStore(ParquetFolder):
             if record is None and self._has_other_writers and event.replaced_reactions:
                 connection.execute("INSERT INTO rows (id, reaction) VALUES (?, ?)", (event.id, event.reaction))
                 replaced_names = [name for name in event.replaced_reactions if name != event.reaction]
-                _add_late_reactions(connection, event, replaced_names, received_at)
+                add_late_reactions(connection, event, replaced_names, received_at)
                 return "late"
             if record is None:
                 return "unknown"
             # Only the same user continues: anybody may name the conversation of another one.
             connection.execute(
                 "UPDATE rows SET continued = 1 WHERE conversation_id = ? AND turn < ? "
-                "AND json_extract(record, '$.user_id') = ?",
+                "AND CASE WHEN json_valid(record) THEN json_extract(record, '$.user_id') END = ?",
                 (record.conversation_id, record.turn, record.user_id),
             )
             connection.execute(
@@ -415,7 +348,7 @@ class FeedbackStore(ParquetFolder):
         connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
         if is_open:
             return "stored"
-        _add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
+        add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
         return "late"
 
     def _apply_preference(
@@ -430,17 +363,18 @@ class FeedbackStore(ParquetFolder):
             return "settled"
         try:
             chosen, rejected = (self._find_record(connection, row) for row in (event.chosen_id, event.rejected_id))
-        except (DataError, OSError, ValidationError) as error:
+        except (DataError, OSError, ValueError, OverflowError) as error:
             # The events of other requests, which share the transaction, must not fail with it.
             logger.error("feedback store %s: cannot look up the responses of a choice: %s", self.root, error)
             return "unreadable"
         if chosen is None or rejected is None:
-            return "unknown"
+            # Of a response that another cluster served, this store has no text, and neither may its files.
+            return "elsewhere" if self._has_other_writers else "unknown"
         if chosen.messages != rejected.messages or chosen.response == rejected.response:
             return "mismatch"
         record = PreferenceRecord(
             id=event.id, messages=chosen.messages, chosen=chosen.response, rejected=rejected.response,
-            group=_hash_messages([message.model_dump() for message in chosen.messages]),
+            group=hash_messages([message.model_dump() for message in chosen.messages]),
             topic=chosen.topic, chosen_finish_reason=chosen.finish_reason,
             rejected_finish_reason=rejected.finish_reason,
         )  # fmt: skip
@@ -479,32 +413,42 @@ class FeedbackStore(ParquetFolder):
 
     def _parse_open_row(self, row_id: str, record_json: str, content: str | None) -> FeedbackRecord:
         """Record of an open row. Raises DataError when it is not what was acknowledged: the disk changed it."""
-        with contextlib.suppress(ValidationError):
+        with contextlib.suppress(ValueError):
             record = FeedbackRecord.model_validate_json(record_json)
-            if content in (None, _hash_content(record.model_dump())):
+            if record.id == row_id and content in (None, hash_content(record.model_dump())):
                 return record
-        raise DataError(
-            f"{self.log_folder / DATABASE_FILE}: row {row_id} is damaged; restore the file from a backup, or delete "
-            "this row with sqlite3"
+        raise self._build_damage_error(row_id, "rows")
+
+    def _build_damage_error(self, row_id: object, table: str) -> DataError:
+        row_name = ascii(row_id)[1:-1] if isinstance(row_id, str) else row_id
+        return DataError(
+            f"{self.log_folder / DATABASE_FILE}: row {row_name} of {table} is damaged; restore the file from a backup, "
+            "or delete this row with sqlite3"
         )
 
-    def _write_days(
-        self, folder: str, prefix: str, records: Sequence[LogRecord], received_at: Sequence[float], mark_statement: str
-    ) -> None:
+    def _parse_settled_row(
+        self, row_id: str, record_json: str, content: str | None, reaction: str | None, continued: int
+    ) -> FeedbackRecord:
+        record = self._parse_open_row(row_id, record_json, content)
+        changes = {"reaction": reaction} | ({"continued": True} if continued else {})
+        return FeedbackRecord.model_validate(record.model_dump() | changes)
+
+    def _write_days(self, table: str, folder: str, records: Sequence[LogRecord], received_at: Sequence[float]) -> None:
         """Write records of one kind, ordered by time of arrival, to one file per day, and mark them in the database."""
         connection = self._require_open()
         timestamp = datetime.fromtimestamp(self.clock(), UTC).strftime("%Y%m%dT%H%M%S%f")
+        prefix = folder.strip("_") or "feedback"
         for day, group in groupby(zip(received_at, records, strict=True), key=lambda pair: _format_day(pair[0])):
             day_records = [record for _, record in group]
-            path = "/".join(
-                filter(None, (folder, f"date={day}", f"{prefix}-{timestamp}-{uuid.uuid4().hex[:8]}.parquet"))
-            )
+            file_name = f"{prefix}-{timestamp}-{uuid.uuid4().hex[:8]}.parquet"
+            path = "/".join(filter(None, (folder, f"date={day}", file_name)))
             record_type = type(day_records[0])
             # Parquet before the database: a crash in between leaves rows in both, and `start` then marks them.
             self._write_parquet(path, [build_records_table(day_records, record_type)])
             with connection:
                 ids = [(record.id,) for record in day_records]  # type: ignore[attr-defined]
-                connection.executemany(f"{mark_statement} WHERE id = ?", ids)
+                mark = "DELETE FROM {}" if table == "late_reactions" else "UPDATE {} SET record = NULL"
+                connection.executemany(f"{mark.format(table)} WHERE id = ?", ids)
                 connection.execute("INSERT INTO files (path) VALUES (?)", (path,))
 
     def _merge_files(self, folder: str, paths: Sequence[str]) -> None:
@@ -559,7 +503,7 @@ class FeedbackStore(ParquetFolder):
                 connection.executemany(
                     "INSERT INTO rows (id, reaction, content) VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                     "record = NULL, reaction = CASE WHEN record IS NULL THEN reaction ELSE excluded.reaction END",
-                    ((row["id"], row["reaction"], _hash_content(row)) for row in table.to_pylist()),
+                    ((row["id"], row["reaction"], hash_content(row)) for row in table.to_pylist()),
                 )
         # By time, since a late file of a merged day sorts before the merged one.
         late_events.sort(key=lambda event: event["time"])
@@ -567,31 +511,6 @@ class FeedbackStore(ParquetFolder):
             "UPDATE rows SET reaction = ? WHERE id = ?",
             [(reaction, row_id) for row_id, reaction in apply_reaction_events(late_events).items()],
         )
-
-
-def _add_late_reactions(
-    connection: sqlite3.Connection, event: FeedbackEvent, replaced_names: Sequence[str], received_at: float
-) -> None:
-    """Store a reaction to a settled row; the reactions that it replaces are withdrawn."""
-    for name, is_retracted in (*((name, True) for name in replaced_names), (event.reaction, False)):
-        if name is not None:
-            late_reaction = ReactionRecord(
-                id=uuid.uuid4().hex, response_id=event.id, time=datetime.fromtimestamp(received_at, UTC),
-                reaction=name, retracted=is_retracted,
-            )  # fmt: skip
-            connection.execute(
-                "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
-                (late_reaction.id, received_at, late_reaction.model_dump_json()),
-            )
-
-
-def _hash_content(row: Mapping[str, Any]) -> str:
-    """Hash of what makes a row another response: two reports of one response agree in it."""
-    return hash_parts(row["user_id"], row["conversation_id"], _hash_messages(row["messages"]), row["response"])
-
-
-def _hash_messages(messages: Iterable[Mapping[str, str]]) -> str:
-    return hash_parts(*(text for message in messages for text in (message["role"], message["content"])))
 
 
 def _format_day(seconds: float) -> str:

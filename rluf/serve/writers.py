@@ -17,7 +17,8 @@ from pyarrow import fs
 
 from rluf.errors import RlufError, SettingsError
 from rluf.prepare.readers.feedback_folder import WRITER_PREFIX
-from rluf.serve.store import DATABASE_FILE, WRITER_VARIABLE, FeedbackStore
+from rluf.serve.store import WRITER_VARIABLE, FeedbackStore
+from rluf.serve.store_database import DATABASE_FILE
 
 logger = logging.getLogger("rluf.serve")
 

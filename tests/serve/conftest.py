@@ -40,7 +40,8 @@ from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import AccessToken, ServeMetrics, ServiceRules, hash_token
-from rluf.serve.store import FeedbackStore, StoreOutcome
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import StoreOutcome
 from rluf.types import Message, ScoringItem
 from rluf.utils.hashing import create_response_id
 from rluf.utils.paths import resolve_cache_folder
@@ -141,6 +142,9 @@ class LocalBackend:
 
     async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
         return self.store.append_events([build_preference_event(request, SALT)])[0]
+
+    async def count_damaged_rows(self) -> int:
+        return self.store.damaged_row_count
 
     async def list_models(self) -> list[ModelInfo]:
         reward_model = ModelInfo(id="reward-live", kind="reward", role="live", version="v1", share=1.0)

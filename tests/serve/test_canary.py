@@ -15,7 +15,8 @@ from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ScoreRoute, build_score_route
 from rluf.serve.app import make_app
 from rluf.serve.application import build_scorer_config
-from rluf.serve.deployments import BatchLimits, GatewayDeployment, ScorerDeployment, is_canary
+from rluf.serve.assignment import is_canary
+from rluf.serve.deployments import BatchLimits, GatewayDeployment, ScorerDeployment
 from rluf.types import ScoringItem
 from tests.serve.conftest import OBJECTIVES, SALT, make_items, make_rules, write_models
 from tests.serve.test_gateway import LocalGateway, StubHandle

@@ -23,6 +23,8 @@ CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
         ("tool_choice", "none"), ("modalities", ["text"]), ("top_k", -1),
         ("parallel_tool_calls", False), ("service_tier", "auto"), ("repetition_penalty", 1.0), ("top_p", 1),
         ("stream_options", {"include_usage": True, "include_obfuscation": False}), ("metadata", {"a": 1}),
+        ("functions", []), ("logit_bias", {}), ("stop_token_ids", []), ("bad_words", []), ("echo", False), ("stop", []),
+        ("use_beam_search", False), ("length_penalty", 1.0), ("verbosity", "medium"), ("stream_options", {}),
     )),
     *(({name: value}, False) for name, value in (
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("functions", [{"name": "f"}]),
@@ -31,6 +33,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
         ("response_format", {"type": "json_object"}), ("reasoning_effort", "low"), ("web_search_options", {}),
         ("guided_json", {}), ("chat_template_kwargs", {"enable_thinking": False}), ("ignore_eos", True),
         ("max_tokens", 0), ("stop", [""]), ("temperature", -1), ("temperature", "hot"),
+        ("echo", True), ("length_penalty", 0.5), ("bad_words", ["x"]), ("verbosity", "low"), ("prediction", {}),
         ("n", True), ("max_tokens", True), ("max_tokens", "5"), ("temperature", True), ("seed", False),
     )),
 ]  # fmt: skip
@@ -77,6 +80,31 @@ async def test_the_later_name_of_a_user_is_the_user(http_client: httpx.AsyncClie
     for user, status in (("bob", 403), (None, 403), ("ann", 200)):
         body = {"id": reply["id"], "reaction": "love", "user": user}
         assert (await http_client.post("/v1/feedback", json=body)).status_code == status
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/score": {"messages": [USER], "response": "A"}, "/v1/rank": {"messages": [USER], "responses": ["A"]},
+    "/v1/score/batch": {"items": [{"messages": [USER], "response": "A"}]}, "/score": {"text_1": "Q?", "text_2": "A"},
+    "/classify": {"input": "A"}, "/pooling": {"input": "A"}, "/predict": {"inputs": "A"},
+    "/get_reward": {"query": ["A"]},
+    "/rerank": {"query": "Q?", "texts": ["A"]}, "/v2/rerank": {"query": "Q?", "documents": ["A"]},
+    "/v1/moderations": {"input": "A"}, "/v1/chat/completions": {"messages": [USER]},
+    "/v1/feedback": {"id": "x", "reaction": "love"}, "/v1/preferences": {"chosen_id": "x", "rejected_id": "y"},
+}  # fmt: skip
+QUERIES = ("model_version=candidate", "user=ann", "truncate=false", "model_version=", "x%00=1", "raw_scores=true&x=2")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_no_field_in_the_query_is_ignored(
+    http_client: httpx.AsyncClient, backend: LocalBackend, path: str
+) -> None:
+    backend.policies = {"": lambda messages: "Hi."}
+    for query in QUERIES:
+        response = await http_client.post(f"{path}?{query}", json=ROUTES[path])
+        assert assert_error(response) == (422, "invalid") and "query" in response.json()["error"]["message"], query
+    assert (await http_client.post(f"{path}?", json=ROUTES[path])).status_code in (200, 404)
+    assert (await http_client.post("/ping?x=1")).status_code == 200
+    assert (await http_client.get("/v1/models?limit=1")).status_code == 200
 
 
 PAIR, TEXTS = {"text_1": "Q?", "text_2": "A!"}, {"query": "Q?", "texts": [SHORT, "No."]}

@@ -19,7 +19,8 @@ from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ChatRequest, ChatSampling, FeedbackRequest
 from rluf.serve.app import make_app
 from rluf.serve.application import build_scorer_config
-from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment, assign_arm
+from rluf.serve.assignment import assign_arm
+from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id

@@ -32,7 +32,9 @@ from rluf.prepare.schema import (
     build_arrow_schema,
     validate_json_row,
 )
-from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore, PreferenceEvent
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_database import DATABASE_FILE
+from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -214,19 +216,29 @@ def test_reactions_that_arrive_after_the_merge_of_their_day_are_the_present_ones
     assert store.append_events([FeedbackEvent("a", "like")]) == ["duplicate"]
 
 
-def test_the_merge_names_a_file_with_other_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["columns", "bytes"])
+def test_the_merge_names_a_file_that_it_cannot_read_and_merges_other_days(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = FakeClock()
     store = open_store(tmp_path, clock, reaction_window_s=0)
-    for name in "ab":
+    for name in "abcd":
+        clock.now += 86_400 * (name == "c")
         store.append_events([make_served_event(name)])
         store.flush_settled()
     path = list_row_files(tmp_path)[0]
     table = pq.read_table(path, partitioning=None)
-    pq.write_table(table.append_column("mood", [["calm"]]), path)
+    if damage == "columns":
+        pq.write_table(table.append_column("mood", [["calm"]]), path)
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
     clock.now += 3 * 86_400
-    with pytest.raises(DataError, match=f"{path.name}.*columns"):
-        store.merge_days()
-    assert {row["id"] for file in list_row_files(tmp_path) for row in pq.read_table(file).to_pylist()} == {"a", "b"}
+    assert [store.merge_days() for _ in range(2)] == [2, 0]
+    assert caplog.text.count("files of a day not merged") == 1 and path.name in caplog.text
+    files = list_row_files(tmp_path)
+    assert len(files) == 3 and path in files
+    pq.write_table(table, path)
+    assert {row["id"] for file in files for row in pq.read_table(file, partitioning=None).to_pylist()} == set("abcd")
 
 
 @pytest.mark.parametrize("is_settled", [False, True])

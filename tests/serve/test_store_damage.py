@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rluf.errors import DataError
 from rluf.prepare.readers.feedback_folder import read_late_reactions
 from rluf.prepare.schema import ChatMessage
-from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore, PreferenceEvent
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_database import DATABASE_FILE
+from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 from tests.serve.test_store import FakeClock, make_record, make_served_event, open_store, read_rows
 
 LEFTOVERS = {
@@ -53,29 +54,103 @@ DAMAGES = {
     "a byte of the message": "UPDATE rows SET record = replace(record, 'Grüße', 'Grüsse') WHERE id = 'b'",
     "another user": "UPDATE rows SET record = replace(record, '\"u\"', '\"v\"') WHERE id = 'b'",
     "an empty record": "UPDATE rows SET record = '' WHERE id = 'b'",
+    "another id": "UPDATE rows SET record = replace(record, '\"b\"', '\"x\"') WHERE id = 'b'",
+    "no UTF-8": "UPDATE rows SET record = CAST(x'7bff' || CAST(record AS BLOB) AS TEXT) WHERE id = 'b'",
+    "no UTF-8 in a text": "UPDATE rows SET record = CAST(replace(CAST(record AS BLOB), 'Answer', x'ff') AS TEXT) "
+    "WHERE id = 'b'",
+    "bytes": "UPDATE rows SET record = CAST(substr(record, 2) AS BLOB) WHERE id = 'b'",
+    "a number": "UPDATE rows SET record = 17 WHERE id = 'b'",
+    "a list": "UPDATE rows SET record = '[]' WHERE id = 'b'",
+    "a reaction of bytes": "UPDATE rows SET reaction = x'ff00' WHERE id = 'b'",
+    "a reaction that is no text": "UPDATE rows SET reaction = CAST(x'ff00' AS TEXT) WHERE id = 'b'",
+    "a time before all": "UPDATE rows SET received_at = -1e30 WHERE id = 'b'",
 }
 """What a disk may do to an open row."""
 
 
+def change_database(folder: Path, *statements: str) -> None:
+    """Run statements on the database of a store that is not open; each must change one row."""
+    with sqlite3.connect(folder / ".log" / DATABASE_FILE) as connection:
+        for statement in statements:
+            assert connection.execute(statement).rowcount == 1, statement
+    connection.close()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_row_is_named_and_no_row_is_written_in_its_place(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_row_is_named_and_the_others_are_written(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = FakeClock()
     store = open_store(tmp_path, clock)
     store.append_events([make_served_event("a"), make_served_event("b", "d"), make_served_event("c", "e")])
     store.close()
-    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
-        assert connection.execute(DAMAGES[damage]).rowcount == 1
-    connection.close()
+    change_database(tmp_path, DAMAGES[damage])
     store = open_store(tmp_path, clock)
-    with pytest.raises(DataError, match=rf"{DATABASE_FILE}: row b is damaged; restore the file from a backup, or"):
-        store.flush_settled(all_rows=True)
-    assert store.append_events([PreferenceEvent("a", "b"), FeedbackEvent("a", "love")]) == ["unreadable", "stored"]
+    # Rows of the damaged row's conversation, and of all others, are still accepted and written.
+    assert store.append_events([make_served_event("later", "d", 1), FeedbackEvent("c", "love")]) == ["stored"] * 2
+    assert [store.flush_settled(all_rows=True) for _ in range(2)] == [3, 0]
+    assert store.damaged_row_count == 1
+    assert caplog.text.count(f"{DATABASE_FILE}: row b of rows is damaged; restore the file from a backup, or") == 1
+    assert {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} == {"a": None, "c": "love", "later": None}
+    choice = store.append_events([PreferenceEvent("a", "b"), FeedbackEvent("a", "love")])
+    if "time" not in damage and "reaction" not in damage:
+        assert choice == ["unreadable", "late"]
+    written = 1 + (choice[0] == "stored")
+    store.close()
+    # The next start looks at the row again: the operator may have restored it.
+    store = open_store(tmp_path, clock)
+    assert (store.damaged_row_count, store.flush_settled(all_rows=True), store.damaged_row_count) == (0, written, 1)
+    store.close()
+    change_database(tmp_path, "DELETE FROM rows WHERE id = 'b'")
+    store = open_store(tmp_path, clock)
+    assert (store.flush_settled(all_rows=True), store.damaged_row_count) == (0, 0)
+
+
+OTHER_DAMAGES = {
+    "no JSON": "'{'", "an empty text": "''", "bytes": "x'ff'", "another id": "replace(record, id, 'x')",
+    "no UTF-8": "CAST(x'ff' || CAST(record AS BLOB) AS TEXT)", "another type": "'{\"id\": 1}'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", OTHER_DAMAGES)
+@pytest.mark.parametrize("table", ["late_reactions", "preferences"])
+def test_a_damaged_reaction_or_choice_holds_up_no_other(tmp_path: Path, table: str, damage: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event(name) for name in "abcd"])
+    store.flush_settled(all_rows=True)
+    if table == "preferences":
+        store.append_events([PreferenceEvent("a", "b"), PreferenceEvent("c", "d"), PreferenceEvent("a", "d")])
+    else:
+        store.append_events([FeedbackEvent(name, "love") for name in "abc"])
+    store.close()
+    change_database(tmp_path, f"UPDATE {table} SET record = {OTHER_DAMAGES[damage]} WHERE rowid = 2")
+    store = open_store(tmp_path, clock)
+    assert [store.flush_settled(all_rows=True) for _ in range(2)] == [2, 0] and store.damaged_row_count == 1
+    if table == "late_reactions":
+        assert read_late_reactions(tmp_path) == {"a": "love", "c": "love"}
+    assert store.erase_users(["u"])["rows"] == 4
     store.close()
     with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
-        connection.execute("DELETE FROM rows WHERE id = 'b'")
+        left = connection.execute("SELECT count(*) FROM preferences UNION ALL SELECT count(*) FROM rows").fetchall()
     connection.close()
-    assert open_store(tmp_path, clock).flush_settled(all_rows=True) == 2
-    assert {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} == {"a": "love", "c": None}
+    assert left == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("a number", "a list", "an empty record")])
+def test_a_damaged_row_is_erased_with_its_user(tmp_path: Path, damage: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), make_served_event("b", "d")])
+    other = make_record("o").model_copy(update={"user_id": "other"})
+    store.append_events([FeedbackEvent("o", None, other)])
+    store.close()
+    change_database(tmp_path, DAMAGES[damage])
+    store = open_store(tmp_path, clock)
+    store.flush_settled(all_rows=True)
+    is_other_user = damage == "another user"  # the row names v now
+    assert store.erase_users(["u"])["rows"] == 1 + (not is_other_user)
+    assert (set(read_rows(tmp_path)), store.damaged_row_count) == ({"o"}, 0)
 
 
 REPEATED_CONTENT: list[tuple[dict[str, object], str]] = [

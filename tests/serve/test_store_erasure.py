@@ -13,7 +13,7 @@ import pytest
 from rluf.prepare.schema import ChatMessage, FeedbackRecord
 from rluf.serve.__main__ import main
 from rluf.serve.api import ChatRequest, ServedResponse, build_served_event
-from rluf.serve.store import FeedbackEvent, PreferenceEvent
+from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 from rluf.utils.hashing import hash_user_id
 from tests.serve.test_store import FakeClock, make_record, open_store, read_all_files, read_rows
 

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.store_month import check_month, simulate_month, store_month
 from rluf.evaluate.abtest import main
-from rluf.serve.store import FeedbackEvent, FeedbackStore
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import FeedbackEvent
 
 
 def test_a_month_with_a_killed_writer_has_the_planted_effect_and_loses_no_row(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from rluf.prepare.readers.sources import resolve_all_sources, resolve_sources
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES, ChatMessage, FeedbackRecord, build_records_table
 from rluf.serve import __main__ as serve_command
 from rluf.serve.api import FeedbackRequest, build_reaction_event
-from rluf.serve.store import FeedbackEvent, FeedbackStore, PreferenceEvent
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 from rluf.serve.writers import (
     flush_stopped_writers,
     list_writer_names,
@@ -131,7 +132,8 @@ WRITER_PROGRAM = """
 import sys
 from pathlib import Path
 from rluf.prepare.schema import FeedbackRecord
-from rluf.serve.store import FeedbackEvent, FeedbackStore
+from rluf.serve.store import FeedbackStore
+from rluf.serve.store_events import FeedbackEvent
 from rluf.serve.writers import mark_alive, resolve_writer_folders
 writer_root, log_folder = resolve_writer_folders({root!r}, Path({root!r}) / ".log", {name!r})
 store = FeedbackStore(writer_root, log_folder, reaction_window_s=0.005, has_other_writers=True)
@@ -288,6 +290,27 @@ def test_a_pattern_over_a_store_reads_no_reaction_or_choice_as_a_row(tmp_path: P
         assert named and all("/_preferences/" in file for file in named)
     with pytest.raises(DataError, match="no such file"):
         resolve_sources([f"{root}/*/_reaction/*.parquet"], "reactions")
+
+
+@pytest.mark.parametrize("is_settled", [False, True])
+@pytest.mark.parametrize("servers", [("old", "old"), ("old", "new"), ("new", "old"), ("new", "new")])
+def test_a_choice_whose_responses_another_cluster_served_is_refused_as_such(
+    tmp_path: Path, servers: tuple[str, str], is_settled: bool
+) -> None:
+    clock = FakeClock()
+    stores = {name: open_writer(tmp_path, name, clock) for name in ("old", "new")}
+    ids = [create_response_id("u", SALT) for _ in servers]
+    for response_id, name in zip(ids, servers, strict=True):
+        stores[name].append_events([make_served_event(response_id)])
+    if is_settled:
+        clock.now += 61
+        for store in stores.values():
+            store.flush_settled()
+        stores["new"].append_events([make_reaction(ids[0], "love")])  # a row without text, if the other one served it
+    outcome = "stored" if servers == ("new", "new") else "elsewhere"
+    assert stores["new"].append_events([PreferenceEvent(*ids)]) == [outcome]
+    # The only writer of a store knows that there is no such response.
+    assert open_store(tmp_path / "alone", clock).append_events([PreferenceEvent(*ids)]) == ["unknown"]
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "no id", "no messages", "wrong type", "empty"])
