@@ -213,8 +213,10 @@ NEAR_DUPLICATE_LIMIT = 0.01
 
 USER_ID_NOTE = "users, devices or authors that look like e-mail addresses, phone numbers or IP addresses"
 OTHER_ID_NOTE = "other ids that look like e-mail addresses, phone numbers or IP addresses"
+ROUNDED_ID_NOTE = "ids whose last digits a spreadsheet has cut"
 
 _NOTED_WARNINGS = {
+    ROUNDED_ID_NOTE: "several users or rows may have become one; export ids as text",
     USER_ID_NOTE: "set RLUF_USER_SALT to hash them",
     OTHER_ID_NOTE: 'no salt hashes them; give other ids (columns: {id: "#"} is a hash of the row)',
     "times without zone, read as UTC": "give times with a zone if they are not UTC",

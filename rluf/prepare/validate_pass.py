@@ -21,11 +21,18 @@ import pyarrow.compute as pc
 
 from rluf.config.data import DataSource
 from rluf.prepare import splits
-from rluf.prepare.card import OTHER_ID_NOTE, USER_ID_NOTE
+from rluf.prepare.card import OTHER_ID_NOTE, ROUNDED_ID_NOTE, USER_ID_NOTE
 from rluf.prepare.erasure import ERASURE_REASON, USER_COLUMNS, is_row_of_erased_user, match_erased_users
 from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers.chats import RowShapeError
-from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converter, find_failed_condition, get_row_kind
+from rluf.prepare.readers.columns import (
+    NOTES_KEY,
+    ROUNDED_ID_PATTERN,
+    RowConverter,
+    build_converter,
+    find_failed_condition,
+    get_row_kind,
+)
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
@@ -50,13 +57,15 @@ _ROWS_PER_BATCH = 4096
 _MAX_PENDING_BYTES = 64 * 2**20
 """Bytes of rows that are validated together."""
 
-PERSONAL_ID_NOTES = {
-    USER_ID_NOTE: USER_COLUMNS,
-    OTHER_ID_NOTE: {"id", "conversation_id", "group"},
-}
-"""Notes on rows whose ids are personal data, and the columns that they are about. A salt hashes those of users."""
-
 _PERSONAL_ID = r"[@\x{FF20}]|%40|^\+\d[\d ().-]{7,}$|^\d{1,3}(\.\d{1,3}){3}$|^[0-9a-fA-F]{0,4}(:[0-9a-fA-F]{0,4}){3,7}$"
+_OTHER_ID_COLUMNS = frozenset({"id", "conversation_id", "group"})
+ID_NOTES = {
+    USER_ID_NOTE: (USER_COLUMNS, _PERSONAL_ID),
+    OTHER_ID_NOTE: (_OTHER_ID_COLUMNS, _PERSONAL_ID),
+    ROUNDED_ID_NOTE: (USER_COLUMNS | _OTHER_ID_COLUMNS, f"^{ROUNDED_ID_PATTERN}$"),
+}
+"""Notes on rows whose ids are personal data or cut, the columns that they are about, and patterns of such ids. A salt
+hashes those of users."""
 
 LENGTH_STEP_TOKENS = 16
 """Width of the steps in which estimated lengths are counted."""
@@ -180,8 +189,8 @@ class _ValidationWriter:
     def write_accepted(self, rows: Sequence[Any], positions: Sequence[tuple[int, int]]) -> None:
         """Write valid rows and their index entries; `positions` are their (line number, item of the line)."""
         table = self._protect_personal_data(build_arrow_table(rows, self.kind.record_type))
-        for note, names in PERSONAL_ID_NOTES.items():
-            matches = [pc.match_substring_regex(table[name], _PERSONAL_ID) for name in names & {*table.column_names}]
+        for note, (names, pattern) in ID_NOTES.items():
+            matches = [pc.match_substring_regex(table[name], pattern) for name in names & {*table.column_names}]
             self.notes[note] += max((pc.sum(match).as_py() or 0 for match in matches), default=0)
         self._count_lengths(table)
         if "messages" in table.column_names:

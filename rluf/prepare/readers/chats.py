@@ -7,6 +7,7 @@ which the data card adds up.
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 from collections import Counter
@@ -61,7 +62,7 @@ _ROLE_ALIASES = {
     name: role
     for role, names in {
         "user": "user human prompter customer client lead contact visitor enduser person me",
-        "assistant": "assistant gpt bot chatbot model ai agent admin operator chatgpt",
+        "assistant": "assistant gpt bot chatbot model ai agent admin operator chatgpt team teammate",
         "system": "system developer",
         "tool": "tool function ipython toolresult toolcall observation",
     }.items()
@@ -73,7 +74,7 @@ _ID_KEYS = ("id", "message_id", "messageId", "uuid", "_id", "ts")
 _PARENT_KEYS = ("parentId", "parentMessageId", "parent_id", "parent_message_id", "parent")
 _FILE_KEYS = ("images", "files", "attachments", "experimental_attachments", "image")
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "markdown"})
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "markdown", "refusal"})
 _REASONING_PARTS = frozenset({"reasoning", "think", "thinking", "redacted_thinking", "reasoning_content", "thoughts"})
 _FILE_PARTS = ("image", "file", "audio", "video", "document", "media", "source")
 _PYTHON_REPR = re.compile(r"\s*[\[({]\s*[{(]?\s*'")
@@ -82,6 +83,9 @@ _MESSAGE_KEY = re.compile(
     rf"\s*(?:array\()?[\s\[{{(\"'\\]{{0,10}}{_QUOTE}(?:role|content|from|author|sender|speaker){_QUOTE}\s?[:=]"
 )
 """How a list of messages begins that is written in another way than as JSON."""
+_SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
+_EVENT_STREAM = re.compile(r'\s*(?:event: ?\w+\s+)?data: ?\{"(?:id|object|type|choices|candidates|delta)"')
+"""How a logged stream of server-sent events begins."""
 _TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>")
 
 
@@ -137,6 +141,8 @@ def read_text(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
     A text that is JSON of another shape is a response in JSON and stays as it is.
     """
     if isinstance(value, str):
+        if _EVENT_STREAM.match(value):
+            raise RowShapeError("a response is a stream of events, not its text; join the chunks first")
         try:
             decoded = decode_json_text(value)
         except RowShapeError:
@@ -204,8 +210,8 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         if isinstance(history := value.get("history"), Mapping) and history.get("messages"):
             value = history
         if "messages" in value:
-            inner = value["messages"]
-            return read_chat(inner, notes, shape)
+            notes["system prompts next to their messages"] += any(value.get(key) for key in _SYSTEM_PROMPT_KEYS)
+            return read_chat(value["messages"], notes, shape)
         if isinstance(roles := value.get("role"), list):
             # Hugging Face stores a list of messages as an object of lists.
             keys = [key for key in value if isinstance(value[key], list) and len(value[key]) == len(roles)]
@@ -213,7 +219,14 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         elif _is_message_like(value):
             value = [value]
         elif value and all(isinstance(item, Mapping) for item in value.values()):
-            value = [{"id": key, **item} for key, item in value.items()]
+            # ChatGPT's export has the message in its node of the tree; the root has none.
+            nodes = [(key, item, item.get("message")) for key, item in value.items()]
+            is_nested = all(isinstance(message, Mapping | None) and "children" in item for _, item, message in nodes)
+            value = [
+                {"id": key, "parent": item.get("parent"), **message} if is_nested else {"id": key, **item}
+                for key, item, message in nodes
+                if not is_nested or message
+            ]
     if not isinstance(value, Sequence):
         raise RowShapeError(f"expected a list of messages, got {type(value).__name__}")
     if value and all(_is_exchange(item, shape) for item in value):
@@ -363,7 +376,11 @@ def _read_part(item: object, notes: Counter[str]) -> str | None:
         raise RowShapeError(f"expected a part of a message, got {type(item).__name__}")
     kind = str(item.get("type", item.get("content_type", "text" if "text" in item else ""))).lower()
     if kind in _TEXT_PARTS:
-        return _read_value(item.get("text", item.get("content", item.get("value"))), notes)
+        value = next((item[key] for key in ("text", "content", "value", "refusal") if item.get(key) is not None), None)
+        # Gemini marks the parts in which it thinks.
+        if item.get("thought") is not True:
+            return _read_value(value, notes)
+        kind = "thoughts"
     if kind in _REASONING_PARTS:
         notes["reasoning"] += 1
     elif "tool" in kind or "function" in kind:
@@ -438,6 +455,15 @@ def split_at_response(
     thread = collect_thread(messages, last, index_parents(messages, notes))
     is_continued = any(message.role == "user" for message in messages[messages.index(last) + 1 :])
     return thread[:-1], last.content, is_continued and thread == list(messages[: len(thread)])
+
+
+def strip_html(text: str | None, notes: Counter[str]) -> str | None:
+    """Text of an HTML body; paragraphs and line breaks become line breaks, images are counted."""
+    if text is None:
+        return None
+    notes["images and files"] += len(re.findall(r"(?i)<(?:img|video|audio)\b", text))
+    without_breaks = re.sub(r"(?i)<br\s*/?>|</p>\s*", "\n", text)
+    return html.unescape(re.sub(r"<[^>]+>", "", without_breaks)).strip()
 
 
 def parse_transcript(transcript: str) -> list[ChatMessage]:

@@ -60,6 +60,9 @@ _LABEL_WORDS = dict.fromkeys(("safe", "harmless", "good", "true", "yes"), 1) | d
 _BAD_LABEL = re.compile(r"toxic|harm(?!less)|unsafe|flagged|violat|nsfw|hate|abus|insult|threat|jailbreak", re.I)
 _FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 
+ROUNDED_ID_PATTERN = r"\d([.,]\d+)?[eE]\+\d{2}"
+"""An id as spreadsheets and pandas write a large number: several ids become one."""
+
 _ID_FIELDS = {"id", "conversation_id", "user_id", "group", "response_id"}
 
 UNKNOWN_TIME = "2000-01-01T00:00:00+00:00"
@@ -261,6 +264,9 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
         return value
     if isinstance(value, str) and name != "reaction" and value.strip().lower() in MISSING_TEXTS:
         return None  # all rows of unknown users would be those of one user, "nan"
+    is_float_id = isinstance(value, float) and abs(value) >= 2**53
+    if name in _ID_FIELDS and (is_float_id or re.fullmatch(ROUNDED_ID_PATTERN, str(value))):
+        raise RowShapeError(f"{name}: a number whose last digits are lost; export ids as text")
     if name in _ID_FIELDS and isinstance(value, str) and re.fullmatch(r"\d+\.0", value):
         return value[:-2]
     return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted

@@ -7,7 +7,6 @@ docs/data.md lists the readers and what each leaves out (tests/prepare/test_prod
 
 from __future__ import annotations
 
-import html
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from rluf.prepare.readers.chats import (
     read_choices,
     read_text,
     split_at_response,
+    strip_html,
     to_records,
 )
 from rluf.prepare.readers.columns import (
@@ -236,8 +236,8 @@ def _read_score(score: Mapping[str, Any]) -> str | float | None:
     name, data_type = str(score.get("name")).lower(), _get_any(score, "dataType", "data_type")
     if text is not None and str(text).lower() not in ("true", "false") and data_type in ("CATEGORICAL", None):
         return str(text)
-    if value is None and text is None:
-        return None
+    if value is None and str(text).lower() not in ("true", "false"):
+        return None  # also a comment, of the type TEXT
     number = float(value) if value is not None else float(str(text).lower() == "true")
     if re.search(r"negative|down|dislike", name):
         return "thumbs_down" if number else None
@@ -472,25 +472,26 @@ def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[st
     return [(name, answers) for name, answers in by_question if is_rating.search(name)]
 
 
-def _strip_html(text: str | None) -> str | None:
-    """Text of an HTML body; paragraphs and line breaks become line breaks."""
-    if text is None:
-        return None
-    without_breaks = re.sub(r"(?i)<br\s*/?>|</p>\s*", "\n", text)
-    return html.unescape(re.sub(r"<[^>]+>", "", without_breaks)).strip()
-
-
 def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """The last reply of a bot or teammate to the customer, with the conversation's rating from 1 to 5."""
+    """The last reply to the customer, of the bot or teammate whom the rating names, and the rating from 1 to 5."""
     source = row["source"]
     entries = [
         {"body": source.get("body"), "author": source["author"]},
         *row["conversation_parts"]["conversation_parts"],
     ]
     notes: Counter[str] = Counter()
-    messages: list[ChatMessage] = []
+    rating, messages = row.get("conversation_rating") or {}, list[ChatMessage]()
+    rated_author = str(get_by_path(rating, "teammate.id"))
+    is_rated = [
+        str(entry["author"].get("id")) == rated_author and bool(entry.get("body")) and entry.get("part_type") != "note"
+        for entry in entries
+    ]
+    if any(is_rated):
+        last_index = max(index for index, is_by_rated in enumerate(is_rated) if is_by_rated)
+        notes["parts after the last reply of the rated teammate"] += len(entries) - 1 - last_index
+        entries = entries[: last_index + 1]
     for entry in entries:
-        body = _strip_html(entry.get("body"))
+        body = strip_html(entry.get("body"), notes)
         if not body or entry.get("part_type") == "note":
             notes["internal notes and events"] += 1
             continue
@@ -502,7 +503,6 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     context, response, _ = split_at_response(messages, notes)
     if response is None:
         return [SkippedRow("no assistant message")]
-    rating = row.get("conversation_rating") or {}
     contact_id = get_by_path(row, "contacts.contacts.0.id") or source["author"].get("id") or row["id"]
     return [{
         "id": str(row["id"]), "conversation_id": str(row["id"]), "user_id": str(contact_id),
@@ -532,9 +532,11 @@ def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     skipped = len(row["messages"]) - len(raw_messages)
     channel = str(_get_any(row, "channel", "channel_id") or "")
     thread_id = f"{channel}-{_get_any(row, 'thread_ts', 'ts') or row['messages'][0]['ts']}"
-    users = [str(message["user"]) for message in raw_messages if not message.get("bot_id") and message.get("user")]
+    is_bot = [bool(m.get("bot_id")) or m.get("subtype") == "bot_message" for m in raw_messages]
+    users = [str(m["user"]) for m, is_reply in zip(raw_messages, is_bot, strict=True) if m.get("user") and not is_reply]
     chat = [
-        {"id": m["ts"], "role": "assistant" if m.get("bot_id") else "user", "content": m["text"]} for m in raw_messages
+        {"id": m["ts"], "role": "assistant" if is_reply else "user", "content": m["text"]}
+        for m, is_reply in zip(raw_messages, is_bot, strict=True)
     ]
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
