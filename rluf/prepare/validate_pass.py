@@ -159,6 +159,8 @@ class _ValidationWriter:
         paths = [work_folder / folder / task.kind_name / file_name for folder in folders]
         self._bucket_writer = BucketWriter(paths, task.bucket_count)
         self._quarantine_file: TableWriter | None = None
+        self._pending_rows: list[tuple[int, tuple[int, int], Any]] = []
+        self._pending_bytes = 0
         salt = bytes.fromhex(task.salt_hex) or None
         self._hash_user = cache(lambda user_id: user_id and hash_user_id(user_id, salt))
         self._hash_key = lru_cache(2**16)(lambda user_id: hash64(user_id, "rluf-user"))
@@ -186,8 +188,22 @@ class _ValidationWriter:
         self._quarantine_file = self._quarantine_file or TableWriter(path, table.schema)
         self._quarantine_file.write(table)
 
-    def write_accepted(self, rows: Sequence[Any], positions: Sequence[tuple[int, int]]) -> None:
-        """Write valid rows and their index entries; `positions` are their (line number, item of the line)."""
+    def write_accepted(self, rows: Sequence[Any], positions: Sequence[tuple[int, int]], byte_count: int) -> None:
+        """Write valid rows, those of small files together; `positions` are their (line number, item of the line)."""
+        # Each write compiles the patterns of personal data and scripts, which costs more than a few rows do.
+        self._pending_rows += [(self.source_index, *pair) for pair in zip(positions, rows, strict=True)]
+        self._pending_bytes += byte_count
+        # Erased rows are counted for the present file.
+        is_full = len(self._pending_rows) >= _ROWS_PER_BATCH // 2 or self._pending_bytes > _MAX_PENDING_BYTES
+        if is_full or self.task.erasure_marks:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        """Write the pending rows and their index entries."""
+        if not self._pending_rows:
+            return
+        source_indices, positions, rows = zip(*self._pending_rows, strict=True)
+        self._pending_rows, self._pending_bytes = [], 0
         table = self._protect_personal_data(build_arrow_table(rows, self.kind.record_type))
         for note, (names, pattern) in ID_NOTES.items():
             matches = [pc.match_substring_regex(table[name], pattern) for name in names & {*table.column_names}]
@@ -195,7 +211,7 @@ class _ValidationWriter:
         self._count_lengths(table)
         if "messages" in table.column_names:
             self.script_counts += count_scripts(self._get_last_texts(table))
-        index = self._build_index(rows, table, positions)
+        index = self._build_index(rows, table, source_indices, positions)
         if self.task.erasure_marks:
             keep_mask = pa.array([not erased for erased in self._find_erased_rows(table)], pa.bool_())
             self.count_rows("dropped", ERASURE_REASON, table.num_rows - (pc.sum(keep_mask).as_py() or 0))
@@ -282,13 +298,15 @@ class _ValidationWriter:
             table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
         return table
 
-    def _build_index(self, rows: Sequence[Any], table: pa.Table, positions: Sequence[tuple[int, int]]) -> pa.Table:
-        kind, row_count = self.kind, len(rows)
+    def _build_index(
+        self, rows: Sequence[Any], table: pa.Table, source_indices: Sequence[int], positions: Sequence[tuple[int, int]]
+    ) -> pa.Table:
+        kind = self.kind
         id_field = "response_id" if kind.name == "reactions" else "id"
         salt = derive_sampling_salt(self.task.seed)
         columns: dict[str, Any] = {
             "row_key": pa.array([hash64(getattr(row, id_field), ROW_KEY_SALT) for row in rows], pa.uint64()),
-            "source_index": pa.array(np.full(row_count, self.source_index, dtype=np.int32)),
+            "source_index": pa.array(source_indices, pa.int32()),
             "line_number": pa.array([line_number for line_number, _ in positions], pa.int64()),
             "item_index": pa.array([item_index for _, item_index in positions], pa.int32()),
         }
@@ -346,7 +364,8 @@ class _ValidationWriter:
         return pa.array([SPLIT_NAMES.index(name) for name in split_names], pa.int8())
 
     def close(self) -> None:
-        """Finish all files."""
+        """Write what is left and finish all files."""
+        self._write_pending()
         self._bucket_writer.close()
         if self._quarantine_file is not None:
             self._quarantine_file.close()
@@ -509,7 +528,8 @@ def _validate_items(
         for index in accepted:
             rows[index] = _add_extra_fields(rows[index], items[index][3], writer)
     if accepted:
-        writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
+        byte_count = sum(len(items[index][2]) for index in accepted)
+        writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted], byte_count)
 
 
 def _add_extra_fields(row: Any, raw: bytes, writer: _ValidationWriter) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rluf.prepare.labels import LOVED, NOT_LOVED
 from rluf.prepare.readers.chats import RowShapeError
 from tests.prepare.product_samples import ProductSample, assistant, user
 from tests.prepare.test_log_faults import build, foreign_row, own_row, write_rows
-from tests.prepare.test_log_variants import TIME, convert, read_product
+from tests.prepare.test_log_variants import TIME, convert, read_file, read_product
 from tests.prepare.test_products_table import read_sample
 
 
@@ -32,6 +33,32 @@ def test_rounded_ids_of_own_rows_are_a_warning(tmp_path: Path) -> None:
     rows = [own_row(i, **({"user_id": "1.15792E+17"} if i < 3 else {})) for i in range(200)]
     card, _ = build(tmp_path, {"feedback": [write_rows(tmp_path / "log.jsonl", rows)]})
     assert [text for text in card["warnings"] if "cut: 3; several users" in text]
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\r", "\t"])
+def test_objects_without_line_breaks_are_rows(tmp_path: Path, separator: str) -> None:
+    lines = ['{"a": "}{"}', '{"a": {"b": 1}}', '{"a": "x\\n"}']
+    rows, problems = read_file(tmp_path / "firehose.jsonl", separator.join(lines))
+    assert ([json.dumps(row) for row in rows], problems) == (lines, [])
+    rows, problems = read_file(tmp_path / "lines.jsonl", '{"a": "} {"}\r\n{"a": "}{"}\r\n')
+    assert (rows, problems) == ([{"a": "} {"}, {"a": "}{"}], [])
+    _, problems = read_file(tmp_path / "cut.jsonl", separator.join(lines)[:-3])
+    assert problems == ["broken JSON file"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [(r'"say \"hi\""', None), (r'"\"hi"', None), (r'"C:\dir\"', "C:\\dir\\"), (r'"say \""hi\"""', r'say \"hi\"'),
+     (r'say \"hi\"', r'say \"hi\"'), ('"say ""hi"""', 'say "hi"'), (r'"back\slash"', r"back\slash")],
+)  # fmt: skip
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_quotes_after_backslashes_are_refused_by_name(
+    tmp_path: Path, cell: str, value: str | None, delimiter: str
+) -> None:
+    content = f"a{delimiter}b\n{cell}{delimiter}1\nx{delimiter}2\n"
+    rows, problems = read_file(tmp_path / "log.csv", content)
+    assert problems == ([] if value is not None else ['quotes in cells are written \\" and not ""'])
+    assert [row["a"] for row in rows] == ([value] if value is not None else []) + ["x"]
 
 
 @pytest.mark.parametrize(

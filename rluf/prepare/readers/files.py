@@ -203,7 +203,8 @@ def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
         # Objects may also be printed over several lines, or separated by commas.
         is_array = first_text.startswith(b"[") and first_text[1:].lstrip().startswith(b"{")
         is_printed = first_line.rstrip() == b"{" and second_line.lstrip().startswith(b'"')
-        if is_array or is_printed or re.match(rb"\{.*\}\s*,\s*$", first_line):
+        is_comma_separated = re.match(rb"\{.*\}\s*,\s*$", first_line) is not None
+        if is_array or is_printed or is_comma_separated or _has_several_objects(first_line):
             yield from _read_json_objects(path, chunks)
             return
         line_number = 0
@@ -215,6 +216,18 @@ def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
                     data = data.removeprefix(codecs.BOM_UTF8)  # byte order mark of Windows editors
                 lines.append(RawLine(line_number, data.rstrip(b"\r"), problem))
             yield lines
+
+
+def _has_several_objects(line: bytes) -> bool:
+    """Whether a line has one object after the other, without line breaks, as Amazon Data Firehose writes them."""
+    if not re.search(rb"\}[ \t\r]*\{", line):
+        return False
+    text = line.decode("utf-8", "replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def _read_json_objects(path: str, chunks: Iterable[bytes]) -> Iterator[list[RawLine]]:
@@ -358,6 +371,8 @@ def _build_csv_rows(
         problem = "broken CSV file" if is_last and len(cells) < len(header) else "wrong number of cells"
     elif not _is_utf8(raw):
         problem = "not UTF-8"
+    elif _has_escaped_quotes(row_lines, delimiter):
+        problem = 'quotes in cells are written \\" and not ""'
     if problem == "wrong number of cells":
         first_line = line_number - len(row_lines) + 1
         raw_lines = [line.rstrip("\r\n").encode("utf-8", "surrogateescape") for line in row_lines]
@@ -366,6 +381,17 @@ def _build_csv_rows(
         return [RawLine(line_number, raw, problem)]
     row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
     return [RawLine(line_number, json.dumps(row).encode())]
+
+
+def _has_escaped_quotes(row_lines: Sequence[str], delimiter: str) -> bool:
+    """Whether a quoted cell has quotes after backslashes (MySQL, Redshift), which would end it and mangle its text."""
+    if not any('\\"' in line for line in row_lines):
+        return False
+    try:
+        next(csv.reader(row_lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return True
+    return False
 
 
 def _is_utf8(raw: bytes) -> bool:
