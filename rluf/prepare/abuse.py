@@ -328,7 +328,7 @@ def _compute_taste_weight(log: AbuseLog) -> Floats:
     weight, is_frequent = np.ones(len(log.user_code)), hits >= FREQUENT_LOVE_RATIO * log.loved.mean() * trials
     users = np.flatnonzero(is_frequent & (np.minimum(hits, trials - hits) >= MIN_TASTE_ROWS))
     is_user = np.isin(log.user_code, users)
-    scores = _predict_love(log, ~is_user, np.flatnonzero(is_user)) if len(users) else None
+    scores = predict_love(log, ~is_user, np.flatnonzero(is_user)) if len(users) else None
     if scores is None:
         return weight
     # Mann and Whitney's test of a user's loved rows against the others. A user whose love has nothing to do with the
@@ -349,7 +349,7 @@ def _compute_taste_weight(log: AbuseLog) -> Floats:
     return weight
 
 
-def _predict_love(log: AbuseLog, is_other: Bools, rows: Ints) -> Floats | None:
+def predict_love(log: AbuseLog, is_other: Bools, rows: Ints) -> Floats | None:
     """Score [R] of rows by a logistic regression on words of what other users love; None if they love too little."""
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
