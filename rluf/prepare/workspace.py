@@ -66,7 +66,7 @@ class RowsReadFile:
 
     def __init__(self, work_folder: str, task_name: str) -> None:
         self._path = Path(work_folder) / "rows_read" / f"{task_name}.txt"
-        self._path.parent.mkdir(exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._row_count, self._written_at = 0, 0.0
 
     def add(self, row_count: int) -> None:
