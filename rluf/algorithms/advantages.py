@@ -12,6 +12,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
+from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
 
 MAX_KL_PER_TOKEN = 0.2
@@ -396,7 +397,23 @@ def find_advantage_estimator(name: str) -> AdvantageEstimator:
         signature="a function (AdvantageInputs) -> Advantages",
         argument_count=1,
     )
-    return estimator
+
+    def check_advantages(inputs: AdvantageInputs) -> Advantages:
+        result = estimator(inputs)
+        counts = [len(rewards) for rewards in inputs.rewards]
+        # Rows of other lengths would give responses the advantages of others, and NaN would blame the prompts.
+        try:
+            rows = [[float(value) for value in row] for row in result.sample_advantages]
+        except (AttributeError, TypeError, ValueError):
+            rows = []
+        if [len(row) for row in rows] != counts or not all(math.isfinite(value) for row in rows for value in row):
+            raise SettingsError(
+                f"advantage estimator {name!r}: expected Advantages with one finite number for each response, in "
+                f"groups of {counts}, got {str(result)[:200]}"
+            )
+        return replace(result, sample_advantages=rows)
+
+    return check_advantages
 
 
 def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantages:

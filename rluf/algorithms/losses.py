@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -293,7 +294,22 @@ def find_policy_loss(loss_name: str) -> PolicyLossFunction:
         signature=POLICY_LOSS_SIGNATURE,
         argument_count=5,
     )
-    return loss_function
+
+    def check_loss(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        result: Any = loss_function(logprobs, *arguments)
+        tensors = list(result) if isinstance(result, tuple | list) else [result]
+        # A mean would be counted for every token, and a column would become a square.
+        if [getattr(tensor, "shape", None) for tensor in tensors] != [logprobs.shape] * 2 or (
+            logprobs.requires_grad and not tensors[0].requires_grad
+        ):
+            shapes = [list(tensor.shape) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+            raise SettingsError(
+                f"policy loss {loss_name!r}: expected two tensors of shape {list(logprobs.shape)}, the loss of each "
+                f"token with its gradient and where a clip removed it, got {str(shapes)[:200]}"
+            )
+        return tensors[0], tensors[1]
+
+    return check_loss
 
 
 def compute_importance_weights(

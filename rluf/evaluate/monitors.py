@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import fmean
 from typing import Any, Generic, Literal, TypeVar
 
@@ -329,12 +330,19 @@ def add_monitors(references: Sequence[str]) -> None:
 
 
 def measure_monitors(samples: Sequence[MonitorSample]) -> dict[str, NDArray[np.float64]]:
-    """Values of every monitor: name -> [N]. A monitor without a value for some sample is dropped."""
-    values = {
-        name: np.asarray([monitor.measure(sample) for sample in samples], dtype=np.float64)
-        for name, monitor in MONITORS.items()
-    }
-    return {name: column for name, column in values.items() if not np.isnan(column).any()}
+    """Values of every monitor: name -> [N]. A monitor without a value (NaN) for some sample is dropped.
+
+    Raises SettingsError for a monitor that returns no finite number.
+    """
+    columns = {}
+    for name, monitor in MONITORS.items():
+        values: list[Any] = [monitor.measure(sample) for sample in samples]
+        # numpy would read None, a forgotten return, as a missing value, and texts as numbers.
+        for value in values:
+            if not isinstance(value, Real | np.bool_) or math.isinf(value):
+                raise SettingsError(f"monitor {name!r}: expected a bool or a finite number, got {str(value)[:100]!r}")
+        columns[name] = np.asarray(values, dtype=np.float64)
+    return {name: column for name, column in columns.items() if not np.isnan(column).any()}
 
 
 def evaluate_monitors(

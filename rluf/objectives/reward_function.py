@@ -101,7 +101,7 @@ def build_row(item: ScoringItem) -> RewardRow:
     """The row of an item; fields of the prompt never replace the built-in ones."""
     return {
         **(item.fields or {}),
-        "messages": list(item.messages),
+        "messages": [{**message} for message in item.messages],  # a function may change its own
         "response": item.response,
         "finish_reason": "length" if item.is_truncated else "stop",
         "prompt_id": item.prompt_id,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -229,6 +231,32 @@ def first_reward_only(inputs: AdvantageInputs) -> Advantages:
 def test_an_estimator_can_be_a_plugin() -> None:
     reference = f"{__name__}:first_reward_only"
     assert compute_advantages(reference, make_inputs([[3.0, 1.0]])).sample_advantages == [[3.0, 0.0]]
+
+
+BAD_ADVANTAGES: dict[str, Any] = {
+    "a list": [[1.0, 0.0], [1.0]],
+    "nothing": None,
+    "a missing group": Advantages([[1.0, 0.0]]),
+    "groups in another order": Advantages([[1.0], [1.0, 0.0]]),
+    "flat": Advantages([1.0, 0.0, 1.0]),  # type: ignore[list-item]
+    "nan": Advantages([[1.0, math.nan], [1.0]]),
+    "infinity": Advantages([[1.0, math.inf], [1.0]]),
+    "none": Advantages([[1.0, None], [1.0]]),  # type: ignore[list-item]
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ADVANTAGES)
+def test_a_plugin_that_returns_anything_else_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "first_reward_only", lambda _: BAD_ADVANTAGES[kind])
+    message = r"first_reward_only': expected Advantages with one finite number .* groups of \[2, 1\]"
+    with pytest.raises(SettingsError, match=message):
+        compute_advantages(f"{__name__}:first_reward_only", make_inputs([[3.0, 1.0], [2.0]]))
+
+
+def test_a_plugin_may_return_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "first_reward_only", lambda _: Advantages([np.array([1.0, 0.0]), torch.ones(1)]))
+    advantages = compute_advantages(f"{__name__}:first_reward_only", make_inputs([[3.0, 1.0], [2.0]]))
+    assert advantages.sample_advantages == [[1.0, 0.0], [1.0]]
 
 
 def test_unknown_estimator_and_bad_rewards_are_refused() -> None:

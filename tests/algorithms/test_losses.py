@@ -19,6 +19,7 @@ from rluf.algorithms.losses import (
     compute_reference_kl,
     estimate_kl,
     estimate_negative_entropy,
+    find_policy_loss,
     update_kl_coef,
 )
 from rluf.algorithms.packing import PackedBatch
@@ -472,3 +473,35 @@ def test_target_logprobs_of_bfloat16_logits_are_float32() -> None:
     assert torch.allclose(logprobs, logits.float().log_softmax(-1).diagonal(), atol=1e-6)
     logprobs.sum().backward()
     assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+
+
+def own_loss(logprobs: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return -logprobs, torch.zeros_like(logprobs)
+
+
+BAD_LOSSES = {
+    "one tensor": lambda logprobs, *_: -logprobs,
+    "mean": lambda logprobs, *_: (-logprobs.mean(), torch.zeros_like(logprobs)),
+    "column": lambda logprobs, *_: (-logprobs[:, None], torch.zeros_like(logprobs)),
+    "one clip": lambda logprobs, *_: (-logprobs, torch.zeros(())),
+    "float": lambda logprobs, *_: (1.0, 0.0),
+    "nothing": lambda logprobs, *_: None,
+    "detached": lambda logprobs, *_: (-logprobs.detach(), torch.zeros_like(logprobs)),
+    "three": lambda logprobs, *_: (-logprobs, torch.zeros_like(logprobs), 0),
+}
+
+
+def test_a_loss_can_be_a_plugin() -> None:
+    logprobs = to_logprobs(0.5, 0.25).requires_grad_()
+    arguments = (logprobs, logprobs.detach(), torch.ones(2), torch.zeros(2), AlgorithmSettings())
+    token_loss, _ = find_policy_loss(f"{__name__}:own_loss")(*arguments)
+    assert token_loss.tolist() == (-logprobs).tolist()
+
+
+@pytest.mark.parametrize("kind", BAD_LOSSES)
+def test_a_loss_plugin_that_returns_anything_else_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "own_loss", BAD_LOSSES[kind])
+    logprobs = to_logprobs(0.5, 0.25).requires_grad_()
+    arguments = (logprobs, logprobs.detach(), torch.ones(2), torch.zeros(2), AlgorithmSettings())
+    with pytest.raises(SettingsError, match=r"own_loss': expected two tensors of shape \[2\], the loss of each token"):
+        find_policy_loss(f"{__name__}:own_loss")(*arguments)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from rluf.evaluate.alarms import TrainingAlarms
 from rluf.evaluate.monitors import (
     MONITORS,
     MonitorSample,
+    MonitorSpec,
     add_monitors,
     compare_monitors,
     measure_distinct_ngrams,
@@ -242,6 +246,28 @@ def shouts(sample: MonitorSample) -> bool:
 
 def comma_count(sample: MonitorSample) -> float:
     return sample.text.count(",")
+
+
+async def shout_async(sample: MonitorSample) -> bool:
+    return "!!" in sample.text
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(
+    "measure",
+    [lambda _: None, lambda _: "yes", lambda _: "0.5", lambda _: [0.5], lambda _: math.inf, shout_async, lambda _: 1j],
+)
+def test_a_monitor_without_a_number_is_named(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MonitorSpec("Shouting", "share", "share", "up", measure)
+    monkeypatch.setattr(monitors, "MONITORS", {**MONITORS, "shouting": spec})
+    with pytest.raises(SettingsError, match="monitor 'shouting': expected a bool or a finite number, got"):
+        compare_monitors([make_sample("Hi.")] * 3, [make_sample("Hi!!")] * 3)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1, np.float32(1), np.int64(1), Fraction(1)])
+def test_a_monitor_may_return_any_kind_of_number(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "MONITORS", {"x": MonitorSpec("X", "share", "share", "up", lambda _: value)})
+    assert monitors.measure_monitors([make_sample("Hi.")] * 2)["x"].tolist() == [1.0, 1.0]
 
 
 def test_monitors_of_the_settings_are_measured_and_need_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
