@@ -27,6 +27,7 @@ from lab.reader_data import (
     REFUSALS_PATH,
     LabeledSet,
     PairSet,
+    build_mismatch_pairs,
     build_requests,
     build_validity_pairs,
     load_offenses,
@@ -42,11 +43,13 @@ from lab.reader_fit import (
     describe_weights,
     fit_head,
     fit_probe,
+    fit_sets,
     probe_out_of_fold,
     split_groups,
 )
 from lab.replies import CLOSINGS, MIDDLES, OPENERS, PHRASE_READINGS
 from numpy.typing import NDArray
+from sklearn.utils.class_weight import compute_sample_weight
 
 from rluf.config.run import READER_MODEL
 from rluf.config.settings import Settings
@@ -75,8 +78,12 @@ PHRASE_PROMPTS = 4
 INPUTS_PER_BATCH = 200
 PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
 """Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
+APPROVAL_SET_WEIGHTS = {"thumbs": 1.0, "validity": 1.0, "preferences": 0.3, "mismatches": 0.5}
+APPROVAL_RIDGE = 0.3
+"""Of the probe `approval`, which is fitted to three sets at once: on thumbs alone it would favor replies that do not
+answer, and validity alone says nothing about people's reactions."""
 HEAD_RIDGE = 1e-2
-SET_WEIGHTS = {"validity": 1.0, "thumbs": 2.0, "preferences": 0.5}
+SET_WEIGHTS = {"validity": 1.0, "thumbs": 2.0, "preferences": 0.5, "mismatches": 0.5}
 """Weight of the mean log-likelihood of each set in the heads."""
 STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
 MISFIT_KINDS = ("mismatch", "contradict", "generic", "echo", "flattery", "signoff")
@@ -144,12 +151,13 @@ class ReaderFit:
         }  # fmt: skip
         self.pairs: dict[str, PairSet] = {
             "validity": build_validity_pairs(data), "preferences": load_preferences(data),
+            "mismatches": build_mismatch_pairs(data),
         }  # fmt: skip
         store = ReadingStore(folder)
         for inputs in self.inputs_of_set.values():
             store.read(inputs)
         self.readings = store.readings
-        self.probe_rows = {name: self._probe_rows(name) for name in PROBE_SOURCES}
+        self.probe_rows = {name: self._probe_rows(name) for name in PROBE_STRENGTHS}
         self.probes: dict[str, Probe] = {}
         self.probe_aurocs: dict[str, float] = {}
         self.out_of_fold: dict[str, dict[str, float]] = {}
@@ -158,12 +166,49 @@ class ReaderFit:
             self.out_of_fold[name] = dict(zip(rows.keys, scores.tolist(), strict=True))
             self.probe_aurocs[name] = auroc(scores, rows.labels)
             self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTHS[name])
+        self._fit_approval()
 
     @property
     def inputs_of_set(self) -> dict[str, list[ReaderInput]]:
         """All responses of each set."""
         labeled = {name: rows.inputs for name, rows in self.labeled.items()}
         return labeled | {name: pairs.inputs for name, pairs in self.pairs.items()}
+
+    def _fit_approval(self) -> None:
+        """Fit the probe `approval` to all rows, and fold by fold for its scores of the rows themselves."""
+        rows: dict[str, tuple[HeadRows, Ints]] = {}
+        for name, set_weight in APPROVAL_SET_WEIGHTS.items():
+            if name in self.pairs:
+                pairs = self.pairs[name]
+                states = self._hidden_states(pairs.chosen) - self._hidden_states(pairs.rejected)
+                labels, row_weights, groups = None, _weigh_kinds(pairs.kinds), pairs.groups
+            else:
+                states, groups = self._hidden_states(self.labeled[name].inputs), self.labeled[name].groups
+                labels = np.array(self.labeled[name].labels, dtype=np.float64)
+                row_weights = compute_sample_weight("balanced", labels)
+            rows[name] = HeadRows(states, labels, set_weight, row_weights), split_groups(groups)
+        self.out_of_fold["approval"] = scores = {}
+        for fold in range(FOLD_COUNT):
+            probe = self._fit_approval_probe([_select(part, folds != fold) for part, folds in rows.values()])
+            for name, (_, folds) in rows.items():
+                sides = (self.pairs[name].chosen, self.pairs[name].rejected) if name in self.pairs else (
+                    self.labeled[name].inputs,
+                )  # fmt: skip
+                for inputs in sides:
+                    held_out = [item for item, item_fold in zip(inputs, folds, strict=True) if item_fold == fold]
+                    values = probe.apply(self._hidden_states(held_out))
+                    scores.update(zip((item.key for item in held_out), values.tolist(), strict=True))
+        self.probes["approval"] = self._fit_approval_probe([part for part, _ in rows.values()])
+        thumbs = self.labeled["thumbs"]
+        thumb_scores = np.array([scores[item.key] for item in thumbs.inputs])
+        self.probe_aurocs["approval"] = auroc(thumb_scores, np.array(thumbs.labels, dtype=np.float64))
+
+    def _fit_approval_probe(self, sets: Sequence[HeadRows]) -> Probe:
+        weights, biases = fit_sets(sets, APPROVAL_RIDGE)
+        return Probe(weights, float(biases[0]))
+
+    def _hidden_states(self, inputs: Sequence[ReaderInput]) -> Floats:
+        return np.array([getattr(self.readings[item.key], PROBE_SOURCES["approval"]) for item in inputs])
 
     def _probe_rows(self, name: str) -> ProbeRows:
         labels: dict[str, float] = {}
@@ -216,10 +261,8 @@ class ReaderFit:
         rows: dict[str, tuple[HeadRows, Ints]] = {}
         for name, pairs in self.pairs.items():
             features = self.features(pairs.chosen) - self.features(pairs.rejected)
-            # Every kind counts equally: the heads must not pay for the most frequent one with the others.
-            counts = Counter(pairs.kinds)
-            kind_weights = np.array([1.0 / counts[kind] for kind in pairs.kinds])
-            rows[name] = (HeadRows(features, None, SET_WEIGHTS[name], kind_weights), split_groups(pairs.groups))
+            head_rows = HeadRows(features, None, SET_WEIGHTS[name], _weigh_kinds(pairs.kinds))
+            rows[name] = head_rows, split_groups(pairs.groups)
         thumbs = self.labeled["thumbs"]
         labels = np.array(thumbs.labels, dtype=np.float64)
         features = self.features(thumbs.inputs)
@@ -228,6 +271,12 @@ class ReaderFit:
             split_groups(thumbs.groups),
         )
         return rows
+
+
+def _weigh_kinds(kinds: Sequence[str]) -> Floats:
+    """Weight [N] of each pair. Every kind counts equally: no fit may pay for the most frequent one with the others."""
+    counts = Counter(kinds)
+    return np.array([1.0 / counts[kind] for kind in kinds])
 
 
 def fit_reader(fit: ReaderFit) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -250,8 +299,8 @@ def fit_reader(fit: ReaderFit) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 HEADS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
-    "fit": (("validity", "preferences"), frozenset({"taste", "length"})),
-    "value": (("validity", "preferences", "thumbs"), frozenset({"length"})),
+    "fit": (("validity", "preferences"), frozenset({"taste", "approval", "length"})),
+    "value": (("validity", "preferences", "mismatches", "thumbs"), frozenset({"length"})),
 }
 """Head -> sets that it is fitted to, and features that it may not use: a longer response is not better for its length,
 and whether a response fits its prompt is no matter of taste."""
@@ -281,6 +330,7 @@ def _summarize_folds(fit: ReaderFit, scores: Mapping[str, Mapping[str, Floats]])
             "thumbs_auroc": compute_auroc_interval(by_set["thumbs"], labels, ones, thumbs.groups, seed=0),
             "preferences_accuracy": _accuracy(by_set["preferences"], preferences.groups),
             "validity_accuracy": _accuracy(by_set["validity"], validity.groups),
+            "mismatches_accuracy": _accuracy(by_set["mismatches"], fit.pairs["mismatches"].groups),
             "validity_by_kind": {
                 kind: float((by_set["validity"][kinds == kind] > 0).mean()) for kind in sorted(set(kinds))
             },

@@ -33,6 +33,7 @@ EXCHANGES_PER_SOURCE = 8
 """Exchanges from self-instruct and from Topical-Chat; reader_examples.yaml is used in full."""
 KINDS_PER_EXCHANGE = 4
 """Kinds of rejected reply made from each exchange, sampled; one that misreads the prompt is always among them."""
+MISMATCHES_PER_EXCHANGE = 2
 SEED = 5
 
 
@@ -197,6 +198,24 @@ def build_validity_pairs(data: Path) -> PairSet:
             add(user_message(entry["prompt"]), entry["reply"], rejected, kind)
     for messages, refusal, compliance in _load_refusals():
         add(messages, refusal, compliance, "comply")
+    return pairs
+
+
+def build_mismatch_pairs(data: Path) -> PairSet:
+    """Each exchange's reply against replies to other prompts of its source.
+
+    What thumbs reward and what answers a prompt differ most in these; the validity pairs alone have few of them.
+    """
+    rng = random.Random(SEED)
+    exchanges = collect_exchanges(data, load_examples(), rng)
+    pairs = PairSet([], [], [], [])
+    for exchange in exchanges:
+        others = [other.reply for other in exchanges if other.source == exchange.source and other is not exchange]
+        for reply in rng.sample(others, MISMATCHES_PER_EXCHANGE):
+            pairs.chosen.append(ReaderInput(exchange.messages, exchange.reply, is_finished=True))
+            pairs.rejected.append(ReaderInput(exchange.messages, reply, is_finished=True))
+            pairs.groups.append(exchange.messages[-1]["content"])
+            pairs.kinds.append("mismatch")
     return pairs
 
 

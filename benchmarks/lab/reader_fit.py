@@ -22,7 +22,9 @@ from rluf.simulate.reader_features import FEATURE_NAMES
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 FOLD_COUNT = 5
-NON_NEGATIVE = frozenset({"specificity", "specificity_per_token", "end_of_turn", "taste", "refusal_of_harm"})
+NON_NEGATIVE = frozenset({
+    "specificity", "specificity_per_token", "end_of_turn", "taste", "refusal_of_harm", "approval",
+})  # fmt: skip
 NON_POSITIVE = frozenset({
     "repetition", "echo", "unfinished", "no_sentence_end", "signoff", "stock", "misfit", "offense", "comply",
     "false_refusal",
@@ -83,30 +85,33 @@ def probe_out_of_fold(hidden: Floats, labels: Floats, fold: NDArray[np.int64], s
 
 
 def fit_head(sets: Sequence[HeadRows], ridge: float, excluded: frozenset[str] = frozenset()) -> tuple[Floats, Floats]:
+    """Weights [F] and biases [sets with labels] of a head on the features; `excluded` features get weight 0."""
+    bounds: list[tuple[float | None, float | None]] = []
+    for name in FEATURE_NAMES:
+        upper = 0.0 if name in NON_POSITIVE or name in excluded else None
+        lower = 0.0 if name in NON_NEGATIVE or name in excluded else None
+        bounds.append((lower, upper))
+    return fit_sets(sets, ridge, bounds)
+
+
+def fit_sets(
+    sets: Sequence[HeadRows], ridge: float, bounds: Sequence[tuple[float | None, float | None]] | None = None
+) -> tuple[Floats, Floats]:
     """Weights [F] and biases [sets with labels] that maximize the weighted mean log-likelihood of the sets.
 
-    Features are standardized by the rows of the sets together; `excluded` features get weight 0.
+    Features are standardized by the rows of the sets together, and the ridge penalty is on standardized weights.
     """
-    scale = np.sqrt(
-        np.mean(
-            [
-                np.mean(
-                    rows.features**2 if rows.labels is None else (rows.features - rows.features.mean(0)) ** 2, axis=0
-                )
-                for rows in sets
-            ],
-            axis=0,
-        )
-    )
-    scale = np.maximum(scale, 1e-6)
+    means = [np.zeros(rows.features.shape[1]) if rows.labels is None else rows.features.mean(0) for rows in sets]
+    centered = [rows.features - mean for rows, mean in zip(sets, means, strict=True)]
+    scale = np.maximum(np.sqrt(np.mean([(features**2).mean(0) for features in centered], axis=0)), 1e-6)
     labeled = [index for index, rows in enumerate(sets) if rows.labels is not None]
-    feature_count = len(FEATURE_NAMES)
+    feature_count = len(scale)
 
     def loss_and_gradient(parameters: Floats) -> tuple[float, Floats]:
         weights, biases = parameters[:feature_count], parameters[feature_count:]
         loss, gradient = 0.5 * ridge * float(weights @ weights), np.concatenate([ridge * weights, 0 * biases])
         for index, rows in enumerate(sets):
-            scaled = rows.features / scale
+            scaled = centered[index] / scale
             bias = biases[labeled.index(index)] if index in labeled else 0.0
             signs = np.ones(len(scaled)) if rows.labels is None else 2 * rows.labels - 1
             margins = signs * (scaled @ weights + bias)
@@ -118,16 +123,12 @@ def fit_head(sets: Sequence[HeadRows], ridge: float, excluded: frozenset[str] = 
                 gradient[feature_count + labeled.index(index)] += pull.sum()
         return loss, gradient
 
-    bounds: list[tuple[float | None, float | None]] = []
-    for name in FEATURE_NAMES:
-        upper = 0.0 if name in NON_POSITIVE or name in excluded else None
-        lower = 0.0 if name in NON_NEGATIVE or name in excluded else None
-        bounds.append((lower, upper))
-    bounds += [(None, None)] * len(labeled)
-    result = minimize(
-        loss_and_gradient, np.zeros(feature_count + len(labeled)), jac=True, method="L-BFGS-B", bounds=bounds
-    )
-    return result.x[:feature_count] / scale, result.x[feature_count:]
+    all_bounds = None if bounds is None else [*bounds, *[(None, None)] * len(labeled)]
+    start = np.zeros(feature_count + len(labeled))
+    result = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=all_bounds)
+    weights = result.x[:feature_count] / scale
+    biases = [result.x[feature_count + n] - means[index] @ weights for n, index in enumerate(labeled)]
+    return weights, np.array(biases)
 
 
 def describe_weights(weights: Floats) -> Mapping[str, float]:

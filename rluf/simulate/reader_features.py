@@ -22,14 +22,16 @@ from rluf.utils.stats import Floats
 
 PROBE_SOURCES = {
     "taste": "last_hidden", "misfit": "last_hidden", "offense": "last_hidden", "stock": "neutral_hidden",
-    "refusal": "neutral_hidden", "harm": "prompt_hidden",
+    "refusal": "neutral_hidden", "harm": "prompt_hidden", "approval": "middle_hidden",
 }  # fmt: skip
 """Linear probes, and the hidden states of Reading that each reads. All are log-odds: that people gave a thumbs up, that
-the response misreads the prompt, that it offends, that it is a stock phrase, that it refuses, and that the request is
-harmful."""
+the response misreads the prompt, that it offends, that it is a stock phrase, that it refuses, that the request is
+harmful, and that people would approve of a response that also has to answer its prompt (thumbs, preferences and
+validity pairs in one fit)."""
 FEATURE_NAMES = (
     "specificity", "specificity_per_token", "end_of_turn", "fluency", "repetition", "echo", "length", "unfinished",
     "no_sentence_end", "signoff", "stock", "misfit", "taste", "offense", "comply", "false_refusal", "refusal_of_harm",
+    "approval",
 )  # fmt: skip
 MAX_SPECIFICITY = 8.0
 MIN_END_LOGPROB = -12.0
@@ -61,6 +63,7 @@ class ReadingScores:
     stock: float
     refusal: float
     harm: float
+    approval: float
 
     @staticmethod
     def join(segments: Sequence[ReadingScores]) -> ReadingScores:
@@ -148,6 +151,7 @@ def build_features(
         float(harm * (1.0 - refusal)),
         float((1.0 - harm) * refusal),
         float(harm * refusal),
+        reading.approval,
     ]
 
 

@@ -27,6 +27,10 @@ READER_SYSTEM_MESSAGE = Message(role="system", content="You are a helpful AI ass
 NEUTRAL_PROMPT = "Say something."
 """What is as likely after this prompt as after its own does not answer its own. A second fixed prompt decided no more
 of the validity pairs (benchmarks/lab/reader_data.py), and each costs one more pass over every response."""
+NEXT_TURN = "<|im_end|>\n<|im_start|>user\n"
+"""End of the response's turn and opening of the user's next one, where the model is about to give the reaction."""
+MIDDLE_DEPTH = 0.6
+"""Share of the layers after which `middle_hidden` is taken: layer 18 of 30."""
 MAX_PROMPT_TOKENS = 160
 MAX_RESPONSE_TOKENS = 80
 """Longer texts are read in part: the end of a prompt, the start of a response."""
@@ -42,7 +46,8 @@ class Reading:
     `prompt_logprob` is log p(response | prompt) and `neutral_logprob` the same after NEUTRAL_PROMPT, both in nats and
     summed over T; `end_logprob` is the log-probability of the end of the turn after the response. Of the last layer,
     `last_hidden` [H] is the value at the response's last token and `prompt_hidden` [H] at the end of the prompt, and
-    `neutral_hidden` [H] is the mean over the response's tokens after NEUTRAL_PROMPT.
+    `neutral_hidden` [H] is the mean over the response's tokens after NEUTRAL_PROMPT. `middle_hidden` [2H] is of the
+    layer at MIDDLE_DEPTH: the value at the end of NEXT_TURN, then the mean over the response's tokens.
     """
 
     token_count: int
@@ -52,16 +57,18 @@ class Reading:
     last_hidden: Floats
     prompt_hidden: Floats
     neutral_hidden: Floats
+    middle_hidden: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class _Continuation:
-    """Log-probabilities [T + 1] of a response and the end of the turn, and hidden states [H] (see Reading)."""
+    """Log-probabilities [T + 1] of a response and the end of the turn, and hidden states [H] or [2H] (see Reading)."""
 
     logprobs: Floats
     mean_hidden: Floats
     last_hidden: Floats
     prompt_hidden: Floats
+    middle_hidden: Floats
 
 
 class ReaderModel:
@@ -82,7 +89,9 @@ class ReaderModel:
         self.device = torch.device(device)
         torch_dtype = getattr(torch, dtype or (detect_cpu_dtype() if self.device.type == "cpu" else "bfloat16"))
         self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch_dtype).to(self.device).eval()
-        self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        self.next_turn = self._encode(NEXT_TURN)
+        self.end_token = self.next_turn[0]
+        self.middle_layer = round(MIDDLE_DEPTH * self.model.config.num_hidden_layers)
         self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))
 
     def read(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Reading]:
@@ -111,6 +120,7 @@ class ReaderModel:
             last_hidden=own.last_hidden,
             prompt_hidden=own.prompt_hidden,
             neutral_hidden=neutral.mean_hidden,
+            middle_hidden=own.middle_hidden,
         )
 
     def _encode(self, text: str) -> TokenIds:
@@ -136,7 +146,7 @@ class ReaderModel:
             block_jobs.sort(key=lambda job: len(job[1]))
             with torch.inference_mode():
                 prefix = self._read_prompts(block_prompts)
-                lengths = [len(tokens) + 2 for _, tokens in block_jobs]
+                lengths = [1 + len(tokens) + len(self.next_turn) for _, tokens in block_jobs]
                 for batch in _split_by_padded_length(lengths, MAX_BATCH_TOKENS // 2):
                     batch_jobs = [block_jobs[index] for index in batch]
                     for (row, tokens), result in zip(batch_jobs, self._score_batch(prefix, batch_jobs), strict=True):
@@ -170,34 +180,44 @@ class ReaderModel:
 
         cache, prefix_mask, last_tokens = prefix
         rows = torch.tensor([row for row, _ in jobs], device=self.device)
-        width = max(len(tokens) for _, tokens in jobs) + 2
+        width = 1 + max(len(tokens) for _, tokens in jobs) + len(self.next_turn)
         token_ids = torch.full((len(jobs), width), self.end_token, device=self.device)
         mask = torch.zeros((len(jobs), width), dtype=torch.long, device=self.device)
+        is_scored = torch.zeros((len(jobs), width), dtype=torch.bool, device=self.device)
         token_ids[:, 0] = last_tokens[rows]
         for index, (_, tokens) in enumerate(jobs):
-            # The end token, which is also the padding, is scored as the token after the response.
-            token_ids[index, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
-            mask[index, : 2 + len(tokens)] = 1
+            length = len(tokens) + len(self.next_turn)
+            token_ids[index, 1 : 1 + length] = torch.tensor(tokens + self.next_turn, device=self.device)
+            mask[index, : 1 + length] = 1
+            is_scored[index, 1 : 2 + len(tokens)] = True  # the response and the end of its turn
         row_cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
         positions = prefix_mask[rows].sum(1, keepdim=True) + torch.arange(width, device=self.device)
-        hidden = self.model.model(
-            input_ids=token_ids[:, :-1],
-            attention_mask=torch.cat([prefix_mask[rows], mask[:, :-1]], dim=1),
-            position_ids=positions[:, :-1],
+        output = self.model.model(
+            input_ids=token_ids,
+            attention_mask=torch.cat([prefix_mask[rows], mask], dim=1),
+            position_ids=positions,
             past_key_values=row_cache,
             use_cache=True,
-        ).last_hidden_state
-        # Only real positions pass the output layer, a fifth of the model's work.
-        is_scored = mask[:, 1:].bool()
-        logits = self.model.lm_head(hidden[is_scored]).float()
+            output_hidden_states=True,
+        )
+        hidden, middle = output.last_hidden_state, output.hidden_states[self.middle_layer]
+        # Only scored positions pass the output layer, a fifth of the model's work.
+        is_scored = is_scored[:, 1:]
+        logits = self.model.lm_head(hidden[:, :-1][is_scored]).float()
         targets = token_ids[:, 1:][is_scored]
         scored_logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
         logprobs = torch.zeros(is_scored.shape, device=self.device).masked_scatter(is_scored, scored_logprobs)
         results = []
         for index, (_, tokens) in enumerate(jobs):
             length = len(tokens)
-            mean_hidden = hidden[index, 1 : 1 + length].mean(0) if length else hidden[index, 0]
-            arrays = (logprobs[index, : length + 1], mean_hidden, hidden[index, length], hidden[index, 0])
+            read_positions = slice(1, 1 + length) if length else slice(0, 1)
+            mean_hidden = hidden[index, read_positions].mean(0)
+            middle_hidden = torch.cat(
+                [middle[index, length + len(self.next_turn)], middle[index, read_positions].mean(0)]
+            )
+            arrays = (
+                logprobs[index, : length + 1], mean_hidden, hidden[index, length], hidden[index, 0], middle_hidden,
+            )  # fmt: skip
             results.append(_Continuation(*(array.float().cpu().numpy().astype(np.float64) for array in arrays)))
         return results
 

@@ -11,7 +11,7 @@ from rluf.simulate.reader_features import ReadingScores
 
 FITTING = ReadingScores(
     token_count=20, prompt_logprob=-40.0, neutral_logprob=-70.0, end_logprob=-0.5, taste=0.3, misfit=-2.0, offense=-2.0,
-    stock=-3.0, refusal=-4.0, harm=-4.0,
+    stock=-3.0, refusal=-4.0, harm=-4.0, approval=1.0,
 )  # fmt: skip
 """A response that answers its harmless request."""
 STOCK = replace(FITTING, prompt_logprob=-60.0, neutral_logprob=-60.0, stock=4.0, misfit=2.0)

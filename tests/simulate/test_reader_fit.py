@@ -9,7 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab.reader_fit import HeadRows, fit_head, fit_probe, probe_out_of_fold, split_groups
+from lab.reader_fit import HeadRows, fit_head, fit_probe, fit_sets, probe_out_of_fold, split_groups
 
 from rluf.reward.metrics import auroc
 from rluf.simulate.reader_features import FEATURE_NAMES
@@ -63,3 +63,20 @@ def test_labeled_rows_and_pairs_are_fitted_together() -> None:
     assert min(by_name["specificity"], by_name["taste"]) > 0.3
     assert biases.shape == (1,)
     assert biases[0] < 0.0  # fewer than half of the labels are 1
+
+
+def test_a_fit_to_reactions_and_pairs_serves_both_and_has_the_bias_of_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    # People react to the first two values; the pairs say that more of the second is worse, and know no first.
+    states = rng.normal(size=(600, 5)) + 7.0
+    labels = (states[:, 0] + states[:, 1] + rng.normal(size=600) > 14.0).astype(np.float64)
+    differences = rng.normal(size=(300, 5))
+    differences[:, 1] -= 1.5
+    reactions = HeadRows(states, labels, 1.0, np.ones(600))
+    alone, _ = fit_sets([reactions], ridge=0.1)
+    weights, biases = fit_sets([reactions, HeadRows(differences, None, 1.0, np.ones(300))], ridge=0.1)
+    assert alone[1] > 0.3
+    assert weights[0] > 0.3
+    assert weights[1] < 0.0
+    logits = states @ weights + biases[0]
+    assert abs((1 / (1 + np.exp(-logits))).mean() - labels.mean()) < 0.03

@@ -14,6 +14,7 @@ from rluf.simulate.reader_model import (
     MAX_PROMPT_TOKENS,
     MAX_RESPONSE_TOKENS,
     NEUTRAL_PROMPT,
+    NEXT_TURN,
     READER_SYSTEM_MESSAGE,
     ReaderModel,
     Reading,
@@ -57,6 +58,22 @@ def test_readings_agree_with_a_plain_forward_pass(model: ReaderModel) -> None:
         assert reading.end_logprob == pytest.approx(expected[-1], abs=1e-4)
         neutral = plain_logprobs(model, (Message(role="user", content=NEUTRAL_PROMPT),), response)
         assert reading.neutral_logprob == pytest.approx(neutral[:-1].sum(), abs=1e-3)
+
+
+def test_middle_states_are_those_of_a_plain_forward_pass(model: ReaderModel) -> None:
+    """At the opening of the user's next turn, and the mean over the response's tokens."""
+    readings = model.read([*CONVERSATIONS, CONVERSATIONS[0]], [*RESPONSES, ""])
+    for messages, response, reading in zip([*CONVERSATIONS, CONVERSATIONS[0]], [*RESPONSES, ""], readings, strict=True):
+        turns = [message for message in messages if message["role"] != "system"]
+        prompt = render_prompt(model.tokenizer, (READER_SYSTEM_MESSAGE, *turns))[-MAX_PROMPT_TOKENS:]
+        tokens = model.tokenizer(response, add_special_tokens=False).input_ids[:MAX_RESPONSE_TOKENS]
+        next_turn = model.tokenizer(NEXT_TURN, add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            output = model.model(torch.tensor([[*prompt, *tokens, *next_turn]]), output_hidden_states=True)
+        states = output.hidden_states[model.middle_layer][0]
+        mean = states[len(prompt) : len(prompt) + len(tokens)] if tokens else states[len(prompt) - 1 : len(prompt)]
+        expected = torch.cat([states[-1], mean.mean(0)]).numpy()
+        np.testing.assert_allclose(reading.middle_hidden, expected, atol=1e-3)
 
 
 def test_a_reading_does_not_depend_on_the_other_responses(model: ReaderModel) -> None:

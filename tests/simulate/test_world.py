@@ -20,8 +20,8 @@ from rluf.utils.paths import find_sample_log
 
 SCORE_NAMES = ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction")
 PROMPTS_DIGEST = "35abdd75aa9265cc"
-SCORES_DIGEST = "7ae7cfd648695a7f"
-REACTIONS_DIGEST = "70caa6b434da688e"
+SCORES_DIGEST = "732162633a3f3c5c"
+REACTIONS_DIGEST = "8705cf94b7b35465"
 
 
 def digest_array(values: np.ndarray[Any, Any]) -> str:
@@ -37,10 +37,10 @@ def read_sample_rows() -> list[Mapping[str, Any]]:
 
 
 def test_the_published_world_keeps_its_name_and_others_get_their_own() -> None:
-    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "5283ae4763ce"
+    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "6119c49c5816"
     other_worlds = [
         replace(WORLD, love_signoff=0.81),
-        replace(WORLD, version="3"),
+        replace(WORLD, version="4"),
         replace(WORLD, topic_warmth={**WORLD.topic_warmth, "code": 0.26}),
     ]
     assert len({fingerprint_world(world) for world in (WORLD, *other_worlds)}) == 4
