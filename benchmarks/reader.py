@@ -46,6 +46,7 @@ from lab.reader_fit import (
     fit_sets,
     probe_out_of_fold,
     split_groups,
+    split_together,
 )
 from lab.replies import CLOSINGS, MIDDLES, OPENERS, PHRASE_READINGS
 from numpy.typing import NDArray
@@ -78,7 +79,7 @@ PHRASE_PROMPTS = 4
 INPUTS_PER_BATCH = 200
 PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
 """Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
-APPROVAL_SET_WEIGHTS = {"thumbs": 1.0, "validity": 1.0, "preferences": 0.3, "mismatches": 0.5}
+APPROVAL_SET_WEIGHTS = {"thumbs": 1.0, "validity": 1.0, "preferences": 0.3}
 APPROVAL_RIDGE = 0.3
 """Of the probe `approval`, which is fitted to three sets at once: on thumbs alone it would favor replies that do not
 answer, and validity alone says nothing about people's reactions."""
@@ -166,6 +167,7 @@ class ReaderFit:
             self.out_of_fold[name] = dict(zip(rows.keys, scores.tolist(), strict=True))
             self.probe_aurocs[name] = auroc(scores, rows.labels)
             self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTHS[name])
+        self.folds = self._split_sets()
         self._fit_approval()
 
     @property
@@ -174,34 +176,42 @@ class ReaderFit:
         labeled = {name: rows.inputs for name, rows in self.labeled.items()}
         return labeled | {name: pairs.inputs for name, pairs in self.pairs.items()}
 
+    def _split_sets(self) -> dict[str, Ints]:
+        """Fold of each row by set. Validity pairs and mismatches have the same prompts, which share a fold."""
+        folds = {"thumbs": split_groups(self.labeled["thumbs"].groups)}
+        folds["preferences"] = split_groups(self.pairs["preferences"].groups)
+        names = ("validity", "mismatches")
+        return folds | dict(zip(names, split_together([self.pairs[name].groups for name in names]), strict=True))
+
     def _fit_approval(self) -> None:
         """Fit the probe `approval` to all rows, and fold by fold for its scores of the rows themselves."""
-        rows: dict[str, tuple[HeadRows, Ints]] = {}
+        rows: dict[str, HeadRows] = {}
         for name, set_weight in APPROVAL_SET_WEIGHTS.items():
+            states = [self._hidden_states(inputs) for inputs in self._inputs_by_row(name)]
             if name in self.pairs:
-                pairs = self.pairs[name]
-                states = self._hidden_states(pairs.chosen) - self._hidden_states(pairs.rejected)
-                labels, row_weights, groups = None, _weigh_kinds(pairs.kinds), pairs.groups
+                rows[name] = HeadRows(states[0] - states[1], None, set_weight, _weigh_kinds(self.pairs[name].kinds))
             else:
-                states, groups = self._hidden_states(self.labeled[name].inputs), self.labeled[name].groups
                 labels = np.array(self.labeled[name].labels, dtype=np.float64)
-                row_weights = compute_sample_weight("balanced", labels)
-            rows[name] = HeadRows(states, labels, set_weight, row_weights), split_groups(groups)
-        self.out_of_fold["approval"] = scores = {}
+                rows[name] = HeadRows(states[0], labels, set_weight, compute_sample_weight("balanced", labels))
+        scores: dict[str, float] = {}
+        self.out_of_fold["approval"] = scores
         for fold in range(FOLD_COUNT):
-            probe = self._fit_approval_probe([_select(part, folds != fold) for part, folds in rows.values()])
-            for name, (_, folds) in rows.items():
-                sides = (self.pairs[name].chosen, self.pairs[name].rejected) if name in self.pairs else (
-                    self.labeled[name].inputs,
-                )  # fmt: skip
-                for inputs in sides:
-                    held_out = [item for item, item_fold in zip(inputs, folds, strict=True) if item_fold == fold]
+            probe = self._fit_approval_probe([_select(rows[name], self.folds[name] != fold) for name in rows])
+            for name in rows:
+                for inputs in self._inputs_by_row(name):
+                    held_out = [item for item, own in zip(inputs, self.folds[name], strict=True) if own == fold]
                     values = probe.apply(self._hidden_states(held_out))
                     scores.update(zip((item.key for item in held_out), values.tolist(), strict=True))
-        self.probes["approval"] = self._fit_approval_probe([part for part, _ in rows.values()])
+        self.probes["approval"] = self._fit_approval_probe(list(rows.values()))
         thumbs = self.labeled["thumbs"]
         thumb_scores = np.array([scores[item.key] for item in thumbs.inputs])
         self.probe_aurocs["approval"] = auroc(thumb_scores, np.array(thumbs.labels, dtype=np.float64))
+
+    def _inputs_by_row(self, name: str) -> list[list[ReaderInput]]:
+        """The responses of a set's rows: one list for labeled rows, chosen and rejected for pairs."""
+        if name in self.labeled:
+            return [self.labeled[name].inputs]
+        return [self.pairs[name].chosen, self.pairs[name].rejected]
 
     def _fit_approval_probe(self, sets: Sequence[HeadRows]) -> Probe:
         weights, biases = fit_sets(sets, APPROVAL_RIDGE)
@@ -261,14 +271,13 @@ class ReaderFit:
         rows: dict[str, tuple[HeadRows, Ints]] = {}
         for name, pairs in self.pairs.items():
             features = self.features(pairs.chosen) - self.features(pairs.rejected)
-            head_rows = HeadRows(features, None, SET_WEIGHTS[name], _weigh_kinds(pairs.kinds))
-            rows[name] = head_rows, split_groups(pairs.groups)
+            rows[name] = HeadRows(features, None, SET_WEIGHTS[name], _weigh_kinds(pairs.kinds)), self.folds[name]
         thumbs = self.labeled["thumbs"]
         labels = np.array(thumbs.labels, dtype=np.float64)
         features = self.features(thumbs.inputs)
         rows["thumbs"] = (
             HeadRows(features, labels, SET_WEIGHTS["thumbs"], np.ones(len(labels))),
-            split_groups(thumbs.groups),
+            self.folds["thumbs"],
         )
         return rows
 

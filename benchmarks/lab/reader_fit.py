@@ -75,6 +75,12 @@ def split_groups(groups: Sequence[str]) -> NDArray[np.int64]:
     return fold
 
 
+def split_together(group_lists: Sequence[Sequence[str]]) -> list[Ints]:
+    """Folds of the rows of several sets; a group that occurs in more than one set has one fold."""
+    folds = split_groups([group for groups in group_lists for group in groups])
+    return np.split(folds, np.cumsum([len(groups) for groups in group_lists])[:-1])
+
+
 def probe_out_of_fold(hidden: Floats, labels: Floats, fold: NDArray[np.int64], strength: float) -> Floats:
     """Log-odds [N] of each row from the probe fitted without its fold."""
     scores = np.zeros(len(labels))

@@ -9,7 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab.reader_fit import HeadRows, fit_head, fit_probe, fit_sets, probe_out_of_fold, split_groups
+from lab.reader_fit import HeadRows, fit_head, fit_probe, fit_sets, probe_out_of_fold, split_groups, split_together
 
 from rluf.reward.metrics import auroc
 from rluf.simulate.reader_features import FEATURE_NAMES
@@ -20,6 +20,17 @@ def test_a_group_is_never_in_two_folds() -> None:
     folds = split_groups(groups)
     assert set(folds) == set(range(5))
     assert all(len({fold for fold, name in zip(folds, groups, strict=True) if name == group}) == 1 for group in groups)
+
+
+def test_a_group_has_one_fold_in_all_sets() -> None:
+    pairs, mismatches = [f"prompt {n % 30}" for n in range(70)], [f"prompt {n // 2}" for n in range(40)]
+    folds_of_group: dict[str, set[int]] = {}
+    for groups, folds in zip((pairs, mismatches), split_together([pairs, mismatches]), strict=True):
+        assert len(groups) == len(folds)
+        for group, fold in zip(groups, folds.tolist(), strict=True):
+            folds_of_group.setdefault(group, set()).add(fold)
+    assert all(len(folds) == 1 for folds in folds_of_group.values())
+    assert set.union(*folds_of_group.values()) == set(range(5))
 
 
 def test_a_probe_generalizes_out_of_fold_but_not_to_random_labels() -> None:
