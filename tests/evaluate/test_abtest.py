@@ -287,7 +287,7 @@ def test_an_invalid_command_line_is_refused(
 
 def test_a_simulated_experiment_can_be_analyzed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "simulated.jsonl"
-    assert main(["--simulate", str(path), "--users", "1000"]) == 0
+    assert main(["--simulate", str(path), "--users", "2500"]) == 0
     start = json.loads(capsys.readouterr().out.splitlines()[-1])["start"]
     assert main(["--data", str(path), "--start", start]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -148,9 +148,10 @@ async def test_chat_honors_or_refuses_openais_fields(gateway: GatewayDeployment)
             return await client.post("/v1/chat/completions", json=base | fields)
 
         for fields in (
-            {"n": 2}, {"top_p": 0.5}, {"logprobs": True}, {"tools": [{}]}, {"presence_penalty": 1}, {"logit_bias": {}},
+            {"n": 2}, {"top_p": 0.5}, {"logprobs": True}, {"tools": [{}]}, {"presence_penalty": 1}, {"best_of": 2},
             {"max_tokens": 0}, {"stop": [""]}, {"stop": ["a"] * 5}, {"response_format": {"type": "json_object"}},
-            {"temperature": 3}, {"function_call": "auto"}, {"functions": []}, {"best_of": 2}, {"unknown": 1},
+            {"temperature": 3}, {"function_call": "auto"}, {"functions": [{}]}, {"logit_bias": {"5": 1}},
+            {"unknown": 1},
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             {"messages": [{"role": "tool", "content": "x"}, *base["messages"]]}, {"seed": -1},
         ):  # fmt: skip
