@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,13 @@ class PluginTracker:
         self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))
         # A list that the background thread fills: a constructor may wait for a server, and the run must not.
         self._trackers: list[Tracker] = []
-        self._background_caller.submit("start", lambda: self._trackers.append(create_tracker(settings, run_folder)))
+        self._background_caller.submit("start", lambda: self._start(create_tracker(settings, run_folder)))
+
+    def _start(self, tracker: Tracker) -> None:
+        for name in ("log_step", "update_summary", "finish"):
+            if inspect.iscoroutinefunction(getattr(tracker, name, None)):
+                raise SettingsError(f"{name} is an async function, which nothing awaits; write a plain one")
+        self._trackers.append(tracker)
 
     def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Queue the metrics of a step."""

@@ -37,6 +37,16 @@ def create_tracker(settings: Settings, run_folder: Path) -> FileTracker:
     return FileTracker(run_folder / f"{settings.name}.json")
 
 
+class AsyncTracker:
+    """Its coroutines would never run."""
+
+    def __init__(self, settings: Settings, run_folder: Path) -> None:
+        """Takes what every tracker takes."""
+
+    async def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        raise AssertionError
+
+
 def refuse_to_start(settings: Settings, run_folder: Path) -> FileTracker:
     raise ConnectionError("no server")
 
@@ -83,6 +93,13 @@ def test_failures_are_one_warning_each_and_stop_nothing(tmp_path: Path, caplog: 
         "refuse_to_start could not start (ConnectionError: no server); continuing without it",
     ]
     assert not (tmp_path / "tracked.json").exists()
+
+
+def test_a_tracker_with_async_methods_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with WandbTracker(make_settings("AsyncTracker"), tmp_path) as tracker:
+        tracker.log_step(1, {"reward": 0.5})
+    (record,) = caplog.records
+    assert "AsyncTracker could not start (SettingsError: log_step is an async function" in record.message
 
 
 def test_a_wrong_reference_is_refused_at_the_start(tmp_path: Path) -> None:
