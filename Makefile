@@ -21,8 +21,8 @@ quickstart: setup ## Run the main job on the sample log: python -m rluf.train.
 test: setup ## Run the tests in two processes: python -m pytest -n 2 --dist loadfile.
 	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-nightly: setup ## Run the tests that take minutes each: killed and resumed runs, the commands of the docs.
-	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
+nightly: setup ## Run the tests that take minutes each (killed and resumed runs, the commands of the docs), and new random examples.
+	$(BIN)/python -m pytest tests -q -m "nightly or hypothesis" --hypothesis-profile=random $(ARGS)
 
 check: setup ## Check lint, format, types, the import contract, dead code and the house rules.
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target .check-types .check-rules

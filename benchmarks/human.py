@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from rluf.config.load import load_settings
+from rluf.config.reward import HeadReading
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import resolve_model
@@ -132,9 +133,11 @@ def compute_member_features(
     is_pairwise = model_settings.loss == "bradley_terry"
     features, first_encoded = [], None
     for member in model_settings.member_specs:
-        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).list_shared_pass_depths(member)
+        readings = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).list_shared_readings(member)
         folder = resolve_model(member.backbone, resolve_cache_folder(settings))
-        model = load_classifier(folder, require_all_weights=False, layer_count=max(depths))
+        model = load_classifier(
+            folder, require_all_weights=False, layer_count=max(reading.layers for reading in readings)
+        )
         is_single_model = len(model_settings.member_specs) < 2
         encoder = build_text_encoder(
             model,
@@ -144,13 +147,14 @@ def compute_member_features(
             is_single_model=is_single_model,
             response_only=member.response_only,
             mark_truncated=True,
+            locate_responses=any(other.mean_pooling for other in model_settings.member_specs),
         )
         encoded_rows = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=objective)
         first_encoded = first_encoded or encoded_rows
-        features_by_depth = load_or_compute_features(
-            settings, f"{member.backbone} {depths}", model, encoder, encoded_rows, depths
+        features_by_reading = load_or_compute_features(
+            settings, f"{member.backbone} {readings}", model, encoder, encoded_rows, readings
         )
-        features.append(features_by_depth[depths.index(member.layers)])
+        features.append(features_by_reading[readings.index(member.reading)])
     if model_settings.ensemble.shared_head:
         features = [np.concatenate(features, axis=1)]
     if first_encoded is None:
@@ -164,9 +168,9 @@ def load_or_compute_features(
     model: PreTrainedModel,
     encoder: TextEncoder,
     rows: EncodedSplit,
-    depths: tuple[int, ...],
+    readings: tuple[HeadReading, ...],
 ) -> Floats:
-    """Features of the rows [depths, N, H], cached by row, so that a second call is fast."""
+    """Features of the rows [readings, N, H], cached by row, so that a second call is fast."""
     keys = [
         hashlib.sha256(repr((row.token_ids, row.response_start)).encode()).hexdigest()[:24] for row in rows.sequences
     ]
@@ -187,7 +191,7 @@ def load_or_compute_features(
         part_keys = missing_keys[start : start + SAVED_PART_ROWS]
         logger.info("%s: reading rows %d to %d of %d", name, start, start + len(part_keys), len(missing_keys))
         part_rows = replace(rows, sequences=[rows.sequences[row_by_missing_key[key]] for key in part_keys])
-        new_features = trainer.compute_features(part_rows, depths if len(depths) > 1 else ()).astype(np.float32)
+        new_features = trainer.compute_features(part_rows, readings).astype(np.float32)
         stored_features = np.concatenate([stored_features, new_features], axis=1) if index_by_key else new_features
         index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(part_keys)}
         with path.with_suffix(".part").open("wb") as file:

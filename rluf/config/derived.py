@@ -235,7 +235,7 @@ def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
     A backbone without its upper layers counts fully.
     """
     forward_passes = {
-        (member.backbone, member.response_only, model_settings.list_shared_pass_depths(member))
+        (member.backbone, member.response_only, model_settings.list_shared_readings(member))
         for member in model_settings.member_specs
     }
     return sum(estimate_model_shape(backbone).parameter_count for backbone, _, _ in forward_passes)

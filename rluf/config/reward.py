@@ -20,16 +20,30 @@ MIN_AUTO_TOKENS, MAX_AUTO_TOKENS = 96, 512
 such as BERT have 512 positions, and longer rows would take more memory than a user who set nothing expects."""
 
 
+class HeadReading(NamedTuple):
+    """Where a head reads a backbone: after how many of the lowest layers (0: all), and which tokens."""
+
+    layers: int = 0
+    mean_pooling: bool = False
+    """Reads the mean over the response's tokens in place of the last token (decoders) or the pooler (encoders)."""
+
+
 class EnsembleMemberSpec(NamedTuple):
-    """One resolved ensemble member: backbone, number of lowest layers to keep (0: all), and its input."""
+    """One resolved ensemble member: backbone, number of lowest layers to keep (0: all), its input and its pooling."""
 
     backbone: str
     layers: int
     uses_section_backbone: bool
-    """Trained as this section configures it. A member on another backbone, or of responses only, gets a fitted head
-    and is not trained."""
+    """Trained as this section configures it. A member on another backbone, of responses only, or with mean pooling
+    gets a fitted head and is not trained."""
     response_only: bool = False
     """Reads the response without the conversation."""
+    mean_pooling: bool = False
+
+    @property
+    def reading(self) -> HeadReading:
+        """Where this member's head reads its backbone."""
+        return HeadReading(self.layers, self.mean_pooling)
 
 
 class EnsembleMemberSettings(SettingsSection):
@@ -41,14 +55,18 @@ class EnsembleMemberSettings(SettingsSection):
     """Backbone of this member; none means the section's. A member on another one gets a fitted head only."""
     input: Literal["conversation", "response"] = "conversation"
     """What the member reads: the rendered conversation, or the response alone."""
+    pooling: Literal["last", "mean"] = "last"
+    """Where the head reads: last (the last token of a decoder, an encoder's own pooler), or mean over the tokens of the
+    response (decoders only)."""
 
 
 class EnsembleSettings(SettingsSection):
     """An ensemble of reward models; by default a single model with all layers."""
 
     members: tuple[EnsembleMemberSettings, ...] = ()
-    """Ensemble members, such as [{layers: 12}, {backbone: minilm, layers: 6, input: response}]; empty means one model
-    with all layers. Members on another backbone, or of responses only, stay frozen and get a fitted head."""
+    """Ensemble members, such as [{layers: 12}, {layers: 12, pooling: mean}, {backbone: minilm, input: response}]; empty
+    means one model with all layers. Members on another backbone, of responses only, or with mean pooling stay frozen
+    and get a fitted head."""
     shared_head: bool = False
     """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
     better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
@@ -122,26 +140,30 @@ class RewardModelSettings(SettingsSection):
             EnsembleMemberSpec(
                 backbone=member.backbone or self.backbone,
                 layers=member.layers,
-                uses_section_backbone=member.backbone is None and member.input == "conversation",
+                uses_section_backbone=member.backbone is None
+                and member.input == "conversation"
+                and member.pooling == "last",
                 response_only=member.input == "response",
+                mean_pooling=member.pooling == "mean",
             )
             for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
 
-    def list_shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
-        """Layer counts at which one forward pass is read for `member` and for the members that share it, ascending.
+    def list_shared_readings(self, member: EnsembleMemberSpec) -> tuple[HeadReading, ...]:
+        """Where one forward pass is read for `member` and for the members that share it, shallowest first.
 
         Only frozen backbones (a linear probe without epochs) share a pass; otherwise the result is the member's own.
         """
-        depths = {
-            other.layers
+        readings = {
+            other.reading
             for other in self.member_specs
             if (other.backbone, other.response_only) == (member.backbone, member.response_only)
         }
         # 0 means all layers. Their number is unknown without the model, so 0 cannot be ordered among the others.
-        if self.epochs or not self.linear_probe or 0 in depths:
-            return (member.layers,)
-        return tuple(sorted(depths))
+        depths = {reading.layers for reading in readings}
+        if self.epochs or not self.linear_probe or (0 in depths and len(depths) > 1):
+            return (member.reading,)
+        return tuple(sorted(readings))
 
 
 class RewardSettings(SettingsSection):

@@ -77,9 +77,9 @@ def check_members(settings: SettingsTree) -> str | None:
         first_member = model.member_specs[0]
         if not first_member.uses_section_backbone:
             return (
-                f"reward.{name}.ensemble.members starts with backbone {first_member.backbone}, but "
-                f"reward.{name}.backbone={model.backbone}; put a member without `backbone` and `input` first, or set "
-                f"reward.{name}.backbone to the other one"
+                f"reward.{name}.ensemble.members starts with a member on backbone {first_member.backbone} that has "
+                f"`backbone`, `input` or `pooling`, but reward.{name}.backbone={model.backbone}; put a member without "
+                f"them first, or set reward.{name}.backbone to the other one"
             )
         # Heads share one forward pass, which a member on another backbone cannot use.
         foreign = [member for member in model.member_specs if not member.uses_section_backbone]
@@ -87,7 +87,7 @@ def check_members(settings: SettingsTree) -> str | None:
             return (
                 f"reward.shared_backbone_heads={list(shared_heads)} share one backbone, but "
                 f"reward.{name}.ensemble.members adds {foreign[0].backbone} ({foreign[0].layers} layers); keep members "
-                "without `backbone` and `input` only, or set reward.shared_backbone_heads=[]"
+                "without `backbone`, `input` and `pooling` only, or set reward.shared_backbone_heads=[]"
             )
     return None
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rluf.config.reward import HeadReading
 from rluf.errors import ModelError
 from rluf.models.hub import describe_model_error, list_model_file_errors
 from rluf.models.lora import add_lora_adapters
@@ -114,10 +115,12 @@ def build_text_encoder(
     is_single_model: bool = True,
     response_only: bool = False,
     mark_truncated: bool = False,
+    locate_responses: bool = False,
 ) -> TextEncoder:
     """Build the text encoder of a model folder and set the model's pad token id, by which decoders pool.
 
-    In an ensemble (`is_single_model` false), read_at_next_turn applies to the decoders only; encoders ignore it.
+    In an ensemble (`is_single_model` false), read_at_next_turn applies to the decoders only; encoders ignore it, as
+    they ignore `locate_responses`.
     """
     from rluf.models.hub import load_tokenizer
 
@@ -130,6 +133,7 @@ def build_text_encoder(
         read_at_next_turn=read_at_next_turn,
         response_only=response_only,
         mark_truncated=mark_truncated,
+        locate_responses=locate_responses,
         embedding_rows=(embedding_rows := model.get_input_embeddings().weight.shape[0]),
     )
     largest_id = max((*(i for row in encoder.encode(build_warmup_items()) for i in row.token_ids), encoder.pad_id))
@@ -228,18 +232,25 @@ def get_hidden_states(output: Any) -> torch.Tensor:
 class HeadInputCapture:
     """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
 
-    With `depths`, capture what the head would read if only so many of the lowest layers existed, so that one pass
-    serves several members of an ensemble.
+    A reading may ask for the mean over the response's tokens in place of the last one. With readings at several depths,
+    capture what the head would read if only so many of the lowest layers existed, so that one pass serves several
+    members of an ensemble.
     """
 
-    def __init__(self, model: PreTrainedModel, depths: Sequence[int] = ()) -> None:
-        """Raises ModelError when the model has no linear head, or `depths` are given and it cannot be read at them."""
+    def __init__(self, model: PreTrainedModel, readings: Sequence[HeadReading] = (HeadReading(),)) -> None:
+        """`readings` at a single depth are of the whole model, which ends there.
+
+        Raises ModelError when the model has no linear head, or cannot be read at several depths.
+        """
         self.captured_states: list[torch.Tensor] = []
+        self._readings, depths = readings, sorted({reading.layers for reading in readings})
+        self._depths = depths
         self._final_module: Any = None
-        # Without depths the hook on the head sees exactly what the head reads. With depths the head is not involved:
+        # At a single depth the hook on the head sees exactly what the head reads. At several the head is not involved:
         # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
-        self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if not depths else []
-        if depths:
+        is_single = len(depths) == 1
+        self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if is_single else []
+        if not is_single:
             self._final_module = find_final_norm_or_pooler(model)
             if self._final_module is None:
                 raise ModelError(
@@ -248,9 +259,7 @@ class HeadInputCapture:
                 )
             layers = get_layer_list(model)
             # Layers run lowest first, so the captured states are in ascending order of depth.
-            self._hooks = [
-                layers[depth - 1].register_forward_hook(self._capture_layer_output) for depth in sorted(depths)
-            ]
+            self._hooks = [layers[depth - 1].register_forward_hook(self._capture_layer_output) for depth in depths]
 
     def _capture_head_input(self, _module: nn.Module, args: Any) -> None:
         self.captured_states.append(args[0].detach())
@@ -258,13 +267,33 @@ class HeadInputCapture:
     def _capture_layer_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.captured_states.append(self._final_module(get_hidden_states(output)).detach())
 
-    def take_features(self, row_positions: Sequence[tuple[int, int]]) -> Floats:
-        """Features [depths, N, H] of the last forward pass at (row, position) pairs; encoders have one per row."""
-        rows, positions = (torch.tensor(column) for column in zip(*row_positions, strict=True))
-        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
-        features = [states[rows, positions] if states.dim() == 3 else states[rows] for states in self.captured_states]
+    def take_features(self, readers: Sequence[tuple[int, EncodedItem]]) -> Floats:
+        """Features [readings, N, H] of the last forward pass for (row of the batch, item that is read there) pairs.
+
+        An item without response tokens is read at its last token by mean pooling too.
+        """
+        states_by_depth = dict(zip(self._depths, self.captured_states, strict=True))
+        features = [self._read_states(states_by_depth[reading.layers], readers, reading) for reading in self._readings]
         self.captured_states.clear()
         return torch.stack(features).float().cpu().numpy().astype(np.float64)
+
+    def _read_states(
+        self, states: torch.Tensor, readers: Sequence[tuple[int, EncodedItem]], reading: HeadReading
+    ) -> torch.Tensor:
+        rows = torch.tensor([row for row, _ in readers])
+        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
+        if states.dim() == 2:
+            return states[rows]
+        last_tokens = states[rows, torch.tensor([len(item) - 1 for _, item in readers])]
+        if not reading.mean_pooling:
+            return last_tokens
+        spans = [item.response_span for _, item in readers]
+        return torch.stack(
+            [
+                states[row, start:end].float().mean(0).to(states.dtype) if end > start else last_token
+                for (row, _), (start, end), last_token in zip(readers, spans, last_tokens, strict=True)
+            ]
+        )
 
     def close(self) -> None:
         """Remove the hooks from the model."""

@@ -60,6 +60,8 @@ class Calibration:
     """Cut responses are encoded without the end marker: the model saw such rows in training."""
     response_only_members: tuple[int, ...] = ()
     """Indices of the members that read the response without the conversation."""
+    mean_pooling_members: tuple[int, ...] = ()
+    """Indices of the members whose head reads the mean over the response's tokens."""
     backbone_hash: str = ""
     """Hash of the backbone shared with other heads (see rluf.reward.shared_backbone); empty for a separate model."""
     is_external: bool = False
@@ -99,8 +101,8 @@ class Calibration:
             if fields.pop("knots", ()):
                 raise ValueError("isotonic calibration of an earlier release")
             member_weights = tuple(fields.get("member_weights", ()))
-            response_only_members = tuple(fields.get("response_only_members", ()))
-            tuples = {"member_weights": member_weights, "response_only_members": response_only_members}
+            member_lists = ("response_only_members", "mean_pooling_members")
+            tuples = {name: tuple(fields.get(name, ())) for name in member_lists} | {"member_weights": member_weights}
             calibration = cls(**fields | tuples)
             if member_weights and len(member_weights) != calibration.member_count:
                 raise ValueError(f"{len(member_weights)} member weights for {calibration.member_count} members")

@@ -184,6 +184,7 @@ def _build_base_calibration(
         read_at_next_turn=any(member.encoder.read_at_next_turn for member in members),
         mark_truncated=any(member.encoder.mark_truncated for member in members),
         response_only_members=tuple(i for i, member in enumerate(members) if member.encoder.response_only),
+        mean_pooling_members=tuple(i for i, member in enumerate(members) if member.mean_pooling),
         backbone_hash=backbone_hash,
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rluf.backends.deepspeed import gather_parameters, init_deepspeed
-from rluf.config.reward import EnsembleMemberSpec, RewardModelSettings
+from rluf.config.reward import EnsembleMemberSpec, HeadReading, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
@@ -103,6 +103,8 @@ class TrainedModel:
     """Weights that differ from the backbone's, by name; complete on rank 0 only."""
     probe_features: Sequence[ProbeFeatures] = ()
     """Head inputs by head, if a probe was fitted."""
+    mean_pooling: bool = False
+    """The head reads the mean over the response's tokens."""
 
     def save(self, folders: Sequence[Path]) -> str:
         """Write each head as a Hugging Face folder: float32, with the backbone's own dropout in its config.
@@ -207,23 +209,19 @@ def train_member(
         # The section's epochs, learning rate and frozen share are tuned for its own backbone: only fit a head.
         probe_only = {"linear_probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0}
         lead_settings = lead_settings.model_copy(update=probe_only)
-    depths = (member.layers,) if shared_features is None else lead_settings.list_shared_pass_depths(member)
+    readings = (member.reading,) if shared_features is None else lead_settings.list_shared_readings(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.reward_training_gpus > 0 else "cpu"
     model = load_classifier(
         backbone_folder, require_all_weights=False, device=device, dropout=DROPOUT_RATE,
-        seed=settings.seed + member_index, layer_count=max(depths), head_count=len(head_data),
+        seed=settings.seed + member_index, layer_count=max(reading.layers for reading in readings),
+        head_count=len(head_data),
     )  # fmt: skip
-    encoder = build_text_encoder(
-        model,
-        backbone_folder,
-        lead_settings.token_limit,
-        read_at_next_turn=lead_settings.read_at_next_turn,
-        is_single_model=member_count < 2,
-        response_only=member.response_only,
+    encoder = _build_member_encoder(
+        lead_settings, member, model, backbone_folder,
         mark_truncated=_has_truncated_rows(settings, head_data, world_size),
-    )
+    )  # fmt: skip
     tasks = [_build_task(settings, data, encoder, index, world_size) for index, data in enumerate(head_data)]
     plan = _build_plan(settings, lead_settings, member_index, rank, world_size, deadline, save_interval_s)
     frozen_layers = freeze_lowest_layers(model, lead_settings.frozen_share)
@@ -239,7 +237,7 @@ def train_member(
         probe_trainer = RewardModelTrainer(model, encoder, plan)
         shared_features = {} if shared_features is None else shared_features
         probe_features = [
-            _compute_probe_features(probe_trainer, task, member, depths, shared_features) for task in tasks
+            _compute_probe_features(probe_trainer, task, member, readings, shared_features) for task in tasks
         ]
         has_shared_head = lead_settings.ensemble.shared_head
         fit_head = _add_zero_head if has_shared_head else partial(_fit_probe_head, seed=settings.seed)
@@ -257,7 +255,37 @@ def train_member(
         progress = _train_epochs(
             settings, lead_settings, model, trainer, tasks, progress, weights, checkpointer, model_name
         )
-    return TrainedModel(backbone_folder, member.layers, encoder, tasks, progress.fit_results, weights, probe_features)
+    return TrainedModel(
+        backbone_folder, member.layers, encoder, tasks, progress.fit_results, weights, probe_features,
+        mean_pooling=member.mean_pooling,
+    )  # fmt: skip
+
+
+def _build_member_encoder(
+    lead_settings: RewardModelSettings,
+    member: EnsembleMemberSpec,
+    model: Any,
+    backbone_folder: Path,
+    *,
+    mark_truncated: bool,
+) -> TextEncoder:
+    """Text encoder of an ensemble member. Raises ModelError for an encoder with mean pooling."""
+    encoder = build_text_encoder(
+        model,
+        backbone_folder,
+        lead_settings.token_limit,
+        read_at_next_turn=lead_settings.read_at_next_turn,
+        is_single_model=len(lead_settings.member_specs) < 2,
+        response_only=member.response_only,
+        mark_truncated=mark_truncated,
+        locate_responses=any(other.mean_pooling for other in lead_settings.member_specs),
+    )
+    if member.mean_pooling and encoder.uses_text_pairs:
+        raise ModelError(
+            f"a member on {member.backbone} has pooling: mean, but an encoder has a pooler of its own; remove pooling "
+            "from this member or name a decoder"
+        )
+    return encoder
 
 
 def _build_plan(
@@ -393,15 +421,15 @@ def _compute_probe_features(
     trainer: RewardModelTrainer,
     task: HeadTask,
     member: EnsembleMemberSpec,
-    depths: Sequence[int],
+    readings: Sequence[HeadReading],
     shared_features: dict[tuple[str, str], Floats],
 ) -> ProbeFeatures:
-    """Head inputs of this member; those at other depths stay in `shared_features`, by backbone input and task."""
+    """Head inputs of this member; those of other readings stay in `shared_features`, by backbone input and task."""
     start_time, token_count = time.monotonic(), task.train_split.token_count
-    if len(depths) == 1:
+    if len(readings) == 1:
         return ProbeFeatures(
-            trainer.compute_features(task.train_split)[0],
-            trainer.compute_features(task.dev_split)[0],
+            trainer.compute_features(task.train_split, readings)[0],
+            trainer.compute_features(task.dev_split, readings)[0],
             time.monotonic() - start_time,
             token_count,
         )
@@ -411,8 +439,8 @@ def _compute_probe_features(
     else:
         # The model was loaded with the deepest of the depths, so its pass reads for the other members too.
         splits = (task.train_split, task.dev_split)
-        shared_features[key] = np.concatenate([trainer.compute_features(split, depths) for split in splits], axis=1)
-    features = shared_features[key][depths.index(member.layers)]
+        shared_features[key] = np.concatenate([trainer.compute_features(split, readings) for split in splits], axis=1)
+    features = shared_features[key][readings.index(member.reading)]
     train_count = len(task.train_split.sequences)
     return ProbeFeatures(features[:train_count], features[train_count:], time.monotonic() - start_time, token_count)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rluf.config.reward import HeadReading
 from rluf.errors import ModelError
 from rluf.reward.backbone import (
     HEAD_MODULE_NAMES,
@@ -53,18 +54,20 @@ def _load_calibration(folder: Path) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class SharedForward:
-    """One forward pass: the model to run and the members it serves, with their heads and depths in layers.
+    """One forward pass: the model to run and the members it serves, with their heads and where these read it.
 
-    `depths` is empty when the model serves only itself; `heads` is empty when its head is not linear.
+    `heads` is empty when the model's head is not linear.
     """
 
     model: PreTrainedModel
     member_indices: tuple[int, ...]
     heads: tuple[torch.nn.Linear, ...]
-    depths: tuple[int, ...]
+    readings: tuple[HeadReading, ...]
 
 
-def plan_forward_passes(models: Sequence[PreTrainedModel], response_only: Sequence[bool]) -> list[SharedForward]:
+def plan_forward_passes(
+    models: Sequence[PreTrainedModel], response_only: Sequence[bool], mean_pooling: Sequence[bool]
+) -> list[SharedForward]:
     """Plan the passes that serve all models, each model in one pass.
 
     A model whose head is not linear gets a pass without heads. Members that read only the response do not share a pass
@@ -85,11 +88,11 @@ def plan_forward_passes(models: Sequence[PreTrainedModel], response_only: Sequen
             and response_only[deepest] == response_only[index]
             and _is_truncation_of(models[deepest], models[index])
         ]
-        # Shallowest first, the order in which HeadInputCapture returns the depths; the model that runs comes last.
+        # Shallowest first; the model that runs comes last.
         served = sorted([deepest, *truncations], key=lambda index: layer_counts[index])
         served_heads = tuple(head for head in (heads[index] for index in served) if head is not None)
-        depths = tuple(layer_counts[index] for index in served) if truncations else ()
-        forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, depths))
+        readings = tuple(HeadReading(layer_counts[index], mean_pooling[index]) for index in served)
+        forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, readings))
         remaining = [index for index in remaining if index not in served]
     return forward_passes
 
@@ -102,10 +105,10 @@ def _find_linear_head(model: PreTrainedModel) -> torch.nn.Linear | None:
 
 
 def _is_truncation_of(deep_model: PreTrainedModel, shallow_model: PreTrainedModel) -> bool:
-    """Whether `shallow_model` consists of the lowest layers of `deep_model` with another head."""
+    """Whether `shallow_model` consists of the lowest layers of `deep_model`, or of all, with another head."""
     if type(deep_model) is not type(shallow_model) or find_final_norm_or_pooler(deep_model) is None:
         return False
-    if len(get_layer_list(shallow_model)) >= len(get_layer_list(deep_model)):
+    if len(get_layer_list(shallow_model)) > len(get_layer_list(deep_model)):
         return False
     # Compare the weights themselves: members may come from different folders, or have been trained apart.
     deep_weights, shallow_weights = deep_model.state_dict(), shallow_model.state_dict()
@@ -127,15 +130,15 @@ def compute_shared_logits(
         (_to_float64(head.weight).T, 0.0 if head.bias is None else _to_float64(head.bias))
         for head in forward_pass.heads
     ]
-    capture = HeadInputCapture(forward_pass.model, forward_pass.depths)
+    capture = HeadInputCapture(forward_pass.model, forward_pass.readings)
     try:
         for batch, readers in iter_shared_batches(
             rows, is_causal=not encoder.uses_text_pairs, batch_tokens=batch_tokens
         ):
             inputs = encoder.collate([rows[index] for index in batch])
             forward_pass.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-            # A row that is a prefix of another is read at its own last token of the longer row.
-            features = capture.take_features([(batch_index, len(rows[row]) - 1) for batch_index, row in readers])
+            # A row that is a prefix of another is read at its own tokens of the longer row.
+            features = capture.take_features([(batch_index, rows[row]) for batch_index, row in readers])
             row_indices = [row_index for _, row_index in readers]
             for head_index, (weight, bias) in enumerate(heads):
                 logits[head_index, row_indices] = features[head_index] @ weight + bias
@@ -163,7 +166,9 @@ class RewardModel:
             self._forward_passes = [SharedForward(self.members[0], (0,), (), ())]
         else:
             self._forward_passes = plan_forward_passes(
-                self.members, [member_encoder.response_only for member_encoder in self._list_member_encoders()]
+                self.members,
+                [member_encoder.response_only for member_encoder in self._list_member_encoders()],
+                [index in calibration.mean_pooling_members for index in range(len(self.members))],
             )
         self.batch_tokens = batch_tokens
 
@@ -205,6 +210,7 @@ class RewardModel:
                 is_single_model=len(folders) < 2,
                 response_only=index in calibration.response_only_members,
                 mark_truncated=calibration.mark_truncated,
+                locate_responses=bool(calibration.mean_pooling_members),
             )
             for index, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]

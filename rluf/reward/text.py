@@ -67,6 +67,8 @@ class EncodedItem:
     response_start: int
     member_encodings: tuple[EncodedItem, ...] = ()
     """Encodings of the same item for members 1 and up of an ensemble, if their encoders differ from the first's."""
+    response_span: tuple[int, int] = field(default=(0, 0), compare=False)
+    """Start and end of the response's tokens, for mean pooling; (0, 0) if the encoder was not asked to locate them."""
     # Not compared: rows of equal ids are the same input, whatever was left out of them.
     dropped_prompt_tokens: int = field(default=0, compare=False)
     """Tokens of the conversation that did not fit into `max_tokens`."""
@@ -99,19 +101,22 @@ class TextEncoder:
         read_at_next_turn: bool = False,
         response_only: bool = False,
         mark_truncated: bool = False,
+        locate_responses: bool = False,
         embedding_rows: int | None = None,
     ) -> None:
         """Set up the text format for the backbone's `tokenizer`.
 
         `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only`
         replaces each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut
-        responses; without it they are encoded like finished ones. The model has `embedding_rows` token ids, by
-        default all. Raises ModelError when the tokenizer has neither CLS and SEP nor a chat template, or when
-        it has CLS and SEP and read_at_next_turn is set.
+        responses; without it they are encoded like finished ones. `locate_responses` finds the response's tokens in a
+        decoder's rows, for heads with mean pooling. The model has `embedding_rows` token ids, by default all. Raises
+        ModelError when the tokenizer has neither CLS and SEP nor a chat template, or when it has CLS and SEP and
+        read_at_next_turn is set.
         """
         self.read_at_next_turn = read_at_next_turn
         self.response_only = response_only
         self.mark_truncated = mark_truncated
+        self.locate_responses = locate_responses
         self.member_encoders: tuple[TextEncoder, ...] = ()
         """Encoders of members 1 and up of an ensemble, if they differ from this one; `encode` runs them too."""
         self.tokenizer = tokenizer
@@ -214,7 +219,7 @@ class TextEncoder:
             context_part, response_part = fit_token_budget(context_ids, response_ids, token_budget)
             token_ids = (cls_id, *context_part, sep_id, *response_part, *([] if item.is_truncated else [sep_id]))
             dropped = (len(context_ids) - len(context_part), len(response_ids) - len(response_part))
-            rows.append(EncodedItem(token_ids, len(context_part) + 2, (), *dropped))
+            rows.append(EncodedItem(token_ids, len(context_part) + 2, (), (0, 0), *dropped))
         return rows
 
     def _encode_chats(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
@@ -225,21 +230,36 @@ class TextEncoder:
         ]
         rows = []
         encodings = encode_marked_texts(self.tokenizer, [chat.text for chat in rendered])
-        for chat, (token_ids, starts) in zip(rendered, encodings, strict=True):
-            if len(token_ids) <= self.max_tokens:
-                rows.append(EncodedItem(tuple(token_ids), len(token_ids), rejection=chat.rejection))
+        for item, chat, (token_ids, starts) in zip(items, rendered, encodings, strict=True):
+            fits = len(token_ids) <= self.max_tokens
+            # Finding the response takes a second rendering.
+            span = (0, 0) if fits and not self.locate_responses else self._find_response_span(item, chat, starts)
+            if fits:
+                row = EncodedItem(tuple(token_ids), len(token_ids), response_span=span, rejection=chat.rejection)
+                rows.append(row)
                 continue
-            # Where the response starts matters only now; finding it takes a second rendering.
-            prompt_text = self._apply_template(chat.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)[0]
-            prompt_length = len(remove_marks(prompt_text))
-            prompt_count = sum(start < prompt_length for start in starts)
+            prompt_count, end_count = span
             parts = fit_token_budget(
                 token_ids[:prompt_count], token_ids[prompt_count:], self.max_tokens,
                 block_tokens=max(1, round(DROPPED_BLOCK_SHARE * self.max_tokens)),
             )  # fmt: skip
             dropped = (prompt_count - len(parts[0]), len(token_ids) - prompt_count - len(parts[1]))
-            rows.append(EncodedItem((*parts[0], *parts[1]), sum(map(len, parts)), (), *dropped, chat.rejection))
+            kept_ids, response_start = (*parts[0], *parts[1]), len(parts[0])
+            span = (response_start, max(response_start, len(kept_ids) - (len(token_ids) - end_count)))
+            rows.append(EncodedItem(kept_ids, len(kept_ids), (), span, *dropped, chat.rejection))
         return rows
+
+    def _find_response_span(self, item: ScoringItem, chat: _RenderedChat, starts: Sequence[int]) -> tuple[int, int]:
+        """Index of the response's first token, and of the first token behind it, from the tokens' `starts` in the text.
+
+        The end-of-turn marker and the header of the user's next message are not part of the response.
+        """
+        prompt_text, _, response_end = self._apply_template(chat.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)
+        if item.is_truncated:
+            response_end = response_end.removeprefix(self._turn_end) if self.read_at_next_turn else ""
+        prompt_length = len(remove_marks(prompt_text))
+        end = len(remove_marks(chat.text)) - len(response_end)
+        return sum(start < prompt_length for start in starts), sum(start < end for start in starts)
 
     def _render_item(self, item: ScoringItem, contents: Sequence[str], response: str) -> _RenderedChat:
         """The item's chat template with marked `contents` and `response`.

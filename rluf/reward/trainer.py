@@ -22,6 +22,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
+from rluf.config.reward import HeadReading
 from rluf.errors import DeadlineError, RlufError
 from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
@@ -224,12 +225,12 @@ class RewardModelTrainer:
         return results
 
     @torch.no_grad()
-    def compute_features(self, split: EncodedSplit, depths: Sequence[int] = ()) -> Floats:
-        """Input of the model's linear head for each of this rank's sequences [depths, N, H], without dropout.
+    def compute_features(self, split: EncodedSplit, readings: Sequence[HeadReading] = (HeadReading(),)) -> Floats:
+        """Input of the model's linear head for each of this rank's sequences [readings, N, H], without dropout.
 
-        `depths` are numbers of lowest layers to read at; by default there is one, the depth of the model.
+        By default there is one reading, at the depth of the model.
         """
-        frozen_states, capture = self._get_frozen_states(split), HeadInputCapture(self.model, depths)
+        frozen_states, capture = self._get_frozen_states(split), HeadInputCapture(self.model, readings)
         was_training = self.model.training
         self.model.eval()
         features_by_row: dict[int, Floats] = {}
@@ -245,8 +246,7 @@ class RewardModelTrainer:
                         logger.info("probe features: rows=%d of %d", len(features_by_row), len(split.sequences))
                     # The logits are not needed: the capture's hooks read the hidden states during the pass.
                     self._compute_logits(self.model, split, batch, frozen_states)
-                    row_positions = [(batch_index, len(split.sequences[row]) - 1) for batch_index, row in readers]
-                    features = capture.take_features(row_positions)
+                    features = capture.take_features([(index, split.sequences[row]) for index, row in readers])
                     features_by_row.update(zip([row for _, row in readers], features.swapaxes(0, 1), strict=True))
         finally:
             capture.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -42,7 +42,6 @@ def test_mean_effect_agrees_with_scipys_welch_test() -> None:
     )
 
 
-@settings(deadline=None)
 @given(hits_and_totals, hits_and_totals)
 def test_proportion_effect_agrees_with_statsmodels(first: tuple[int, int], second: tuple[int, int]) -> None:
     (k0, n0), (k1, n1) = first, second
@@ -153,7 +152,6 @@ def test_sample_ratio_test_is_the_chi_square_test() -> None:
         sample_ratio_test([1, 2], (1.0,))
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
 def test_holm_never_lowers_p_values_and_preserves_their_order(p_values: list[float]) -> None:
     adjusted = adjust_by_holm(p_values)

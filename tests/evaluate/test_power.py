@@ -54,7 +54,7 @@ def test_icc_cuped_and_sequential_looks_change_the_cost() -> None:
     assert plan_experiment(replace(query, metrics=5))["alpha_each"] == pytest.approx(0.01)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.floats(0.01, 0.4), st.floats(0.02, 0.5))
 def test_a_smaller_lift_never_needs_fewer_users(base_rate: float, lift: float) -> None:
     large_lift_users, small_lift_users = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize
 
@@ -18,7 +18,6 @@ from rluf.evaluate.sequential import (
 )
 
 
-@settings(deadline=None)
 @given(st.integers(1, 100_000), st.floats(1e-4, 10.0), st.floats(0.01, 0.2))
 def test_margin_matches_the_published_formula(n: int, rho2: float, alpha: float) -> None:
     """Waudby-Smith et al. (2021), theorem 2.2, for observations of variance 1."""

@@ -176,7 +176,6 @@ def test_a_tenth_of_bots_cannot_hide_by_stretching_the_fit() -> None:
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0.1, 50), st.floats(0.1, 50))
-@settings(deadline=None)
 def test_beta_binomial_agrees_with_scipy(trials: int, data: st.DataObject, alpha: float, beta: float) -> None:
     hits = data.draw(st.integers(0, trials))
     n, k = np.array([trials]), np.array([hits])
@@ -189,7 +188,7 @@ def test_beta_binomial_agrees_with_scipy(trials: int, data: st.DataObject, alpha
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 100), st.booleans()), max_size=40))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_weights_are_in_range_for_any_log(rows: list[tuple[int, int, int, bool]]) -> None:
     user_code, text_code, time_us, loved = (
         (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))

@@ -26,7 +26,7 @@ def build_events(rows: list[EventRow]) -> ReactionEvents:
 event_rows = st.tuples(st.integers(0, 6), st.integers(0, 4), st.integers(0, 20), st.integers(0, 1), st.booleans())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(event_rows, max_size=15), st.randoms())
 def test_attribution_equals_a_plain_loop(rows: list[EventRow], rng: random.Random) -> None:
     response_key = np.array([1, 2, 3], dtype=np.uint64)

@@ -265,7 +265,7 @@ def test_partition_folders_fill_missing_fields(tmp_path: Path, rows: dict[str, R
     assert table.to_pylist() == [{"model_version": "base/2", "locale": "en"}]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.binary(max_size=40).filter(lambda raw: b"\n" not in raw), max_size=40),
     st.integers(1, 3),

@@ -74,7 +74,7 @@ rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
 def test_round_trip_json_record_parquet(kind: str) -> None:
     record_type = DATA_KINDS[kind].record_type
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.lists(rows[kind], min_size=1, max_size=3))
     def compare(raw_rows: list[dict[str, Any]]) -> None:
         records = [record_type.model_validate(row) for row in raw_rows]
@@ -86,7 +86,7 @@ def test_round_trip_json_record_parquet(kind: str) -> None:
     compare()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_rejected_with_a_reason(raw: bytes) -> None:
     for kind in DATA_KINDS.values():

@@ -27,7 +27,6 @@ WORDS = [
 ]
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), min_size=1), st.floats(0.01, 0.4), st.floats(0.01, 0.4))
 def test_a_user_has_one_split(users: list[str], dev_share: float, test_share: float) -> None:
     user_splits: dict[str, set[str]] = {}
@@ -36,7 +35,6 @@ def test_a_user_has_one_split(users: list[str], dev_share: float, test_share: fl
     assert all(len(split_set) == 1 for split_set in user_splits.values())
 
 
-@settings(deadline=None)
 @given(st.text(), st.floats(0.01, 0.4), st.floats(0.01, 0.4))
 def test_a_larger_train_share_never_moves_a_user_into_test(user: str, dev_share: float, test_share: float) -> None:
     if assign_split(user, dev_share=dev_share, test_share=test_share) != "test":
@@ -77,7 +75,7 @@ def build_prompts(rng: random.Random, count: int) -> list[str]:
     return texts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 120), st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
 def test_strict_splits_share_nothing(
     seed: int, row_count: int, user_count: int, conversation_count: int, test_prompt_count: int
@@ -143,7 +141,6 @@ def test_a_prompt_shared_by_all_goes_to_one_split_and_is_not_lost() -> None:
     assert len(set(split_code[~is_leak])) == 1
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 300),
     st.integers(0, 3000),

@@ -142,7 +142,7 @@ def test_bulk_validation_agrees_with_pydantic(kind: str, rows: dict[str, RowFact
         st.sampled_from([*record_type.model_fields, "unknown"]), st.sampled_from(ODD_VALUES), max_size=2
     )
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(changes, min_size=1, max_size=4))
     def compare(row_changes: list[dict[str, Any]]) -> None:
         raw_rows = [json.dumps(rows[kind](n, **change)).encode() for n, change in enumerate(row_changes)]
@@ -158,7 +158,7 @@ def test_bulk_validation_agrees_with_pydantic(kind: str, rows: dict[str, RowFact
     compare()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.binary(min_size=1, max_size=30).filter(lambda raw: b"\n" not in raw and raw.strip()), max_size=5))
 def test_invalid_bytes_do_not_affect_their_neighbors(noise: list[bytes]) -> None:
     valid_row = b'{"id": "a", "response_id": "b", "time": "2025-01-01T00:00:00Z", "reaction": "love"}'

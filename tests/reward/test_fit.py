@@ -90,7 +90,7 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
     assert card["training"]["train_tokens"] == members[0].tasks[0].train_split.token_count  # one pass reads for both
     assert card["robustness"]["rows"] > 20
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    assert [forward_pass.depths for forward_pass in model._forward_passes] == [(1, 2)]
+    assert [forward_pass.readings for forward_pass in model._forward_passes] == [((1, False), (2, False))]
     rows = model.encoder.encode(build_items(*WARM_RESPONSES))
     separate_logits = [compute_logits(member, model.encoder, rows, 512)[:, 0] for member in model.members]
     assert np.allclose(model.compute_member_logits(rows), separate_logits, atol=1e-4)
@@ -270,8 +270,8 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
     members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
     assert model.calibration.response_only_members == (2, 3)
-    served_members = [(forward_pass.member_indices, forward_pass.depths) for forward_pass in model._forward_passes]
-    assert served_members == [((0, 1), (1, 2)), ((2, 3), (1, 2))]
+    served_members = [(forward_pass.member_indices, forward_pass.readings) for forward_pass in model._forward_passes]
+    assert served_members == [((0, 1), ((1, False), (2, False))), ((2, 3), ((1, False), (2, False)))]
     first_question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     other_question: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
     response = WARM_RESPONSES[0]
@@ -283,6 +283,35 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
     fitted_logits = np.mean([member.fit_results[0].dev_logits for member in members], axis=0)
     assert len(members[0].tasks[0].dev_split) == len(dev_items)
     assert model.compute_raw_logits(model.encoder.encode(dev_items)) == pytest.approx(fitted_logits, abs=1e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("shared_head", [False, True])
+def test_members_with_mean_pooling_share_the_pass_and_are_scored_as_they_were_fitted(
+    data_folder: Path, tmp_path: Path, shared_head: bool, dtype: str
+) -> None:
+    mean_members = [{"layers": layers, "pooling": "mean"} for layers in (1, 2)]
+    ensemble = {"members": [*TWO_DEPTHS, *mean_members], "shared_head": shared_head}
+    settings = build_settings(tmp_path, dtype=dtype, ensemble=ensemble, read_at_next_turn=True)
+    members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
+    model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
+    assert model.calibration.mean_pooling_members == (2, 3)
+    (forward_pass,) = model._forward_passes
+    assert sorted(zip(forward_pass.member_indices, forward_pass.readings, strict=True)) == [
+        (0, (1, False)), (1, (2, False)), (2, (1, True)), (3, (2, True)),
+    ]  # fmt: skip
+    dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    logits = model.compute_member_logits(model.encoder.encode(dev_items))
+    fitted_logits = np.stack([member.fit_results[0].dev_logits for member in members])
+    assert logits == pytest.approx(fitted_logits, abs=1e-3)
+    assert (abs(logits[0] - logits[2]) > 1e-3).any()
+
+
+def test_mean_pooling_of_an_encoder_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    members = [{"layers": 1}, {"backbone": "tiny-encoder", "pooling": "mean"}]
+    settings = build_settings(tmp_path, backbone="tiny", ensemble={"members": members})
+    with pytest.raises(ModelError, match="tiny-encoder has pooling: mean"):
+        train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
 
 
 def test_read_at_next_turn_without_a_decoder_is_refused_before_any_row_is_encoded(

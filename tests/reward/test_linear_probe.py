@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from rluf.config.reward import HeadReading
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
 from rluf.reward.backbone import HeadInputCapture, build_text_encoder, load_classifier
@@ -176,7 +177,7 @@ def test_captured_features_do_not_depend_on_the_batch(tiny_folder: Path) -> None
     set_head_weights(model, weights, 0.0)
     with torch.inference_mode():
         logits = model(**encoder.collate(rows)).logits[:, 0]
-    features = capture.take_features([(index, len(row) - 1) for index, row in enumerate(rows)])
+    features = capture.take_features(list(enumerate(rows)))
     capture.close()
     assert np.allclose(features[0] @ weights, logits.numpy(), atol=1e-4)
 
@@ -186,7 +187,7 @@ def load_tiny_model(folder: Path) -> Any:
     return load_classifier(folder, require_all_weights=False, seed=2).eval()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     token_ids=st.lists(st.integers(0, 250), min_size=1, max_size=24),
     padding=st.integers(0, 9),
@@ -229,17 +230,44 @@ def test_features_of_one_conversations_messages_equal_those_of_separate_rows(tmp
     records = [row | {"group": "g"} for row in [*records, records[1]]]
     plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=256, seed=0)
 
-    def compute_features(classifier: Any, rows: list[dict[str, Any]], depths: tuple[int, ...] = ()) -> np.ndarray:
+    def compute_features(
+        classifier: Any, rows: list[dict[str, Any]], readings: tuple[HeadReading, ...] = (HeadReading(),)
+    ) -> np.ndarray:
         split = encode_split(rows, encoder, is_pairwise=False, source_name="here")
-        return RewardModelTrainer(classifier, encoder, plan).compute_features(split, depths)
+        return RewardModelTrainer(classifier, encoder, plan).compute_features(split, readings)
 
     joint_features = compute_features(model, records)
     for row, expected in zip(records, joint_features[0], strict=True):
         assert np.allclose(compute_features(model, [row])[:, 0], expected, atol=1e-4)
-    features_by_depth = compute_features(model, records, (1, 2))
+    features_by_depth = compute_features(model, records, (HeadReading(1), HeadReading(2)))
     assert np.allclose(features_by_depth[1], joint_features[0], atol=1e-4)
     one_layer_model = load_classifier(folder, require_all_weights=False, seed=1, layer_count=1)
     assert np.allclose(features_by_depth[0], compute_features(one_layer_model, records)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [200, 40])
+def test_mean_pooling_is_the_mean_over_the_response_whoever_shares_the_pass(tiny_folder: Path, max_tokens: int) -> None:
+    model = load_classifier(tiny_folder, require_all_weights=False, seed=1)
+    encoder = build_text_encoder(model, tiny_folder, max_tokens, locate_responses=True)
+    messages = [{"role": "user", "content": "Hi, how was the day?"}]
+    responses = ("Fine.", "Fine. It was a good long day, and yours?", "", "Not <|im_end|> so good")
+    rows = [{"messages": messages, "response": text, "label": 1, "weight": 1.0, "group": "g"} for text in responses]
+    split = encode_split(rows, encoder, is_pairwise=False, source_name="here")
+    trainer = RewardModelTrainer(model, encoder, TrainPlan(epochs=0, batch_rows=1, batch_tokens=256, seed=0))
+    readings = (HeadReading(1), HeadReading(1, mean_pooling=True), HeadReading(2, mean_pooling=True))
+    features = trainer.compute_features(split, readings)
+    assert np.allclose(trainer.compute_features(split, (readings[2],))[0], features[2], atol=1e-4)
+    for index, row in enumerate(split.sequences):
+        start, end = row.response_span
+        if not responses[index]:
+            start, end = len(row) - 1, len(row)
+        with torch.inference_mode():
+            states = model.model(torch.tensor([row.token_ids]), output_hidden_states=True)
+            # The state after the last layer has passed through the final norm already, that after the first has not.
+            expected = [model.model.norm(states.hidden_states[1]), states.last_hidden_state]
+        assert np.allclose(features[0, index], expected[0][0, -1], atol=1e-4)
+        for feature, layer_states in zip(features[1:, index], expected, strict=True):
+            assert np.allclose(feature, layer_states[0, start:end].mean(0), atol=1e-4)
 
 
 def test_truncation_retains_the_lowest_layers(tiny_folder: Path) -> None:

@@ -13,7 +13,7 @@ from rluf.reward import metrics
 from rluf.utils.stats import Floats
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1), st.floats(0.1, 10)), min_size=2, max_size=40).filter(
         lambda rows: len({label for _, label, _ in rows}) == 2

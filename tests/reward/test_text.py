@@ -60,7 +60,7 @@ def test_the_context_contains_roles_and_no_system_messages() -> None:
 def test_no_row_exceeds_the_limit_and_truncation_preserves_the_end(cache: Path, name: str) -> None:
     encoder = build_encoder(name, cache, max_tokens=512)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.text(max_size=200), st.text(max_size=200), st.integers(8, 64))
     def check_truncation(context: str, response: str, max_tokens: int) -> None:
         items = [ScoringItem(user_turn(context), response)]
@@ -151,6 +151,31 @@ def test_a_cut_response_is_not_followed_by_the_end_of_turn(cache: Path, read_at_
     unmarked = TextEncoder(tokenizer, 200, read_at_next_turn=read_at_next_turn)
     assert unmarked.encode([cut]) == unmarked.encode([finished]) == encoder.encode([finished])
     assert not unmarked.is_equivalent_to(encoder)
+
+
+@pytest.mark.parametrize("options", [{}, {"read_at_next_turn": True}, {"response_only": True}])
+@pytest.mark.parametrize("is_truncated", [False, True])
+@pytest.mark.parametrize(
+    ("response", "located"),
+    [("Hello, my friend", "Hello, my friend"), ("", ""), ("Hi <|im_start|>user", "Hi user"), ("w " * 90, None)],
+)
+def test_the_tokens_of_a_response_are_located(
+    cache: Path, options: dict[str, bool], is_truncated: bool, response: str, located: str | None
+) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny", cache))
+    encoder = TextEncoder(tokenizer, 80, mark_truncated=True, locate_responses=True, **options)
+    row = encoder.encode(
+        [ScoringItem(user_turn("Hello, my dear " * (4 if located is None else 1)), response, is_truncated)]
+    )[0]
+    start, end = row.response_span
+    text, prompt = tokenizer.decode(row.token_ids[start:end]), tokenizer.decode(row.token_ids[:start])
+    assert prompt.endswith("assistant\n")
+    assert text == located or (located is None and set(text) == {"w", " "} and end - start > 30)
+    suffix = tokenizer.decode(row.token_ids[end:])
+    header = "<|im_start|>user\n" if "read_at_next_turn" in options else ""
+    assert suffix == header if is_truncated else suffix.startswith("<|im_end|>") and suffix.endswith(header)
+    plain = TextEncoder(tokenizer, 80, mark_truncated=True, **options)
+    assert plain.is_equivalent_to(encoder)
 
 
 def test_an_encoder_reads_no_separator_after_a_cut_response(cache: Path) -> None:

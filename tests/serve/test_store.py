@@ -412,7 +412,7 @@ ACTIONS = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 @given(steps=st.lists(ACTIONS, max_size=25))
 def test_no_acknowledged_row_is_lost_or_duplicated(
     steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
