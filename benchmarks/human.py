@@ -147,7 +147,7 @@ def compute_member_features(
             is_single_model=is_single_model,
             response_only=member.response_only,
             mark_truncated=True,
-            locate_responses=any(other.mean_pooling for other in model_settings.member_specs),
+            locate_responses=model_settings.reads_response_tokens,
         )
         encoded_rows = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=objective)
         first_encoded = first_encoded or encoded_rows

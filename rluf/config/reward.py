@@ -20,12 +20,15 @@ MIN_AUTO_TOKENS, MAX_AUTO_TOKENS = 96, 512
 such as BERT have 512 positions, and longer rows would take more memory than a user who set nothing expects."""
 
 
+Pooling = Literal["last", "response_end", "mean"]
+"""Tokens that a head reads; EnsembleMemberSettings.pooling explains them."""
+
+
 class HeadReading(NamedTuple):
     """Where a head reads a backbone: after how many of the lowest layers (0: all), and which tokens."""
 
     layers: int = 0
-    mean_pooling: bool = False
-    """Reads the mean over the response's tokens in place of the last token (decoders) or the pooler (encoders)."""
+    pooling: Pooling = "last"
 
 
 class EnsembleMemberSpec(NamedTuple):
@@ -34,16 +37,16 @@ class EnsembleMemberSpec(NamedTuple):
     backbone: str
     layers: int
     uses_section_backbone: bool
-    """Trained as this section configures it. A member on another backbone, of responses only, or with mean pooling
-    gets a fitted head and is not trained."""
+    """Trained as this section configures it. A member on another backbone, of responses only, or with another pooling
+    than `last` gets a fitted head and is not trained."""
     response_only: bool = False
     """Reads the response without the conversation."""
-    mean_pooling: bool = False
+    pooling: Pooling = "last"
 
     @property
     def reading(self) -> HeadReading:
         """Where this member's head reads its backbone."""
-        return HeadReading(self.layers, self.mean_pooling)
+        return HeadReading(self.layers, self.pooling)
 
 
 class EnsembleMemberSettings(SettingsSection):
@@ -55,9 +58,9 @@ class EnsembleMemberSettings(SettingsSection):
     """Backbone of this member; none means the section's. A member on another one gets a fitted head only."""
     input: Literal["conversation", "response"] = "conversation"
     """What the member reads: the rendered conversation, or the response alone."""
-    pooling: Literal["last", "mean"] = "last"
-    """Where the head reads: last (the last token of a decoder, an encoder's own pooler), or mean over the tokens of the
-    response (decoders only)."""
+    pooling: Pooling = "last"
+    """Where the head reads. last: the last token of a decoder (with read_at_next_turn, of the next turn's header), an
+    encoder's own pooler. Decoders only: response_end (the response's last token) and mean (over its tokens)."""
 
 
 class EnsembleSettings(SettingsSection):
@@ -65,8 +68,8 @@ class EnsembleSettings(SettingsSection):
 
     members: tuple[EnsembleMemberSettings, ...] = ()
     """Ensemble members, such as [{layers: 12}, {layers: 12, pooling: mean}, {backbone: minilm, input: response}]; empty
-    means one model with all layers. Members on another backbone, of responses only, or with mean pooling stay frozen
-    and get a fitted head."""
+    means one model with all layers. Members on another backbone, of responses only, or with another pooling than last
+    stay frozen and get a fitted head."""
     shared_head: bool = False
     """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
     better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
@@ -144,10 +147,15 @@ class RewardModelSettings(SettingsSection):
                 and member.input == "conversation"
                 and member.pooling == "last",
                 response_only=member.input == "response",
-                mean_pooling=member.pooling == "mean",
+                pooling=member.pooling,
             )
             for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
+
+    @property
+    def reads_response_tokens(self) -> bool:
+        """Whether any member reads other tokens than the last one."""
+        return any(member.pooling != "last" for member in self.member_specs)
 
     def list_shared_readings(self, member: EnsembleMemberSpec) -> tuple[HeadReading, ...]:
         """Where one forward pass is read for `member` and for the members that share it, shallowest first.

@@ -232,7 +232,7 @@ def get_hidden_states(output: Any) -> torch.Tensor:
 class HeadInputCapture:
     """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
 
-    A reading may ask for the mean over the response's tokens in place of the last one. With readings at several depths,
+    A reading may ask for the response's own tokens in place of the last one. With readings at several depths,
     capture what the head would read if only so many of the lowest layers existed, so that one pass serves several
     members of an ensemble.
     """
@@ -270,7 +270,7 @@ class HeadInputCapture:
     def take_features(self, readers: Sequence[tuple[int, EncodedItem]]) -> Floats:
         """Features [readings, N, H] of the last forward pass for (row of the batch, item that is read there) pairs.
 
-        An item without response tokens is read at its last token by mean pooling too.
+        An item whose response has no tokens is read at its last token.
         """
         states_by_depth = dict(zip(self._depths, self.captured_states, strict=True))
         features = [self._read_states(states_by_depth[reading.layers], readers, reading) for reading in self._readings]
@@ -285,9 +285,11 @@ class HeadInputCapture:
         if states.dim() == 2:
             return states[rows]
         last_tokens = states[rows, torch.tensor([len(item) - 1 for _, item in readers])]
-        if not reading.mean_pooling:
+        if reading.pooling == "last":
             return last_tokens
         spans = [item.response_span for _, item in readers]
+        if reading.pooling == "response_end":
+            spans = [(max(start, end - 1), end) for start, end in spans]
         return torch.stack(
             [
                 states[row, start:end].float().mean(0).to(states.dtype) if end > start else last_token

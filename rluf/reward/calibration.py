@@ -11,10 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from rluf.config.reward import Pooling
 from rluf.errors import ModelError
 from rluf.utils.stats import Floats, logit, sigmoid
 
@@ -60,8 +61,8 @@ class Calibration:
     """Cut responses are encoded without the end marker: the model saw such rows in training."""
     response_only_members: tuple[int, ...] = ()
     """Indices of the members that read the response without the conversation."""
-    mean_pooling_members: tuple[int, ...] = ()
-    """Indices of the members whose head reads the mean over the response's tokens."""
+    member_poolings: tuple[Pooling, ...] = ()
+    """Tokens that each member's head reads (rluf.config.reward); empty: the last one, for all members."""
     backbone_hash: str = ""
     """Hash of the backbone shared with other heads (see rluf.reward.shared_backbone); empty for a separate model."""
     is_external: bool = False
@@ -101,8 +102,10 @@ class Calibration:
             if fields.pop("knots", ()):
                 raise ValueError("isotonic calibration of an earlier release")
             member_weights = tuple(fields.get("member_weights", ()))
-            member_lists = ("response_only_members", "mean_pooling_members")
+            member_lists = ("response_only_members", "member_poolings")
             tuples = {name: tuple(fields.get(name, ())) for name in member_lists} | {"member_weights": member_weights}
+            if unknown := set(tuples["member_poolings"]) - set(get_args(Pooling)):
+                raise ValueError(f"unknown pooling {sorted(unknown)} in member_poolings")
             calibration = cls(**fields | tuples)
             if member_weights and len(member_weights) != calibration.member_count:
                 raise ValueError(f"{len(member_weights)} member weights for {calibration.member_count} members")

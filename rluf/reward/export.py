@@ -175,6 +175,7 @@ def _build_base_calibration(
     members: Sequence[TrainedModel], head_index: int, backbone_hash: str, *, shared_head: bool
 ) -> Calibration:
     """Calibration that describes the input format and members of a head, with nothing fitted yet."""
+    poolings = tuple(member.pooling for member in members)
     return Calibration(
         members[0].tasks[head_index].name,
         prior_shift=members[0].fit_results[head_index].prior_shift,
@@ -184,7 +185,7 @@ def _build_base_calibration(
         read_at_next_turn=any(member.encoder.read_at_next_turn for member in members),
         mark_truncated=any(member.encoder.mark_truncated for member in members),
         response_only_members=tuple(i for i, member in enumerate(members) if member.encoder.response_only),
-        mean_pooling_members=tuple(i for i, member in enumerate(members) if member.mean_pooling),
+        member_poolings=poolings if any(pooling != "last" for pooling in poolings) else (),
         backbone_hash=backbone_hash,
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rluf.backends.deepspeed import gather_parameters, init_deepspeed
-from rluf.config.reward import EnsembleMemberSpec, HeadReading, RewardModelSettings
+from rluf.config.reward import EnsembleMemberSpec, HeadReading, Pooling, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
@@ -103,8 +103,8 @@ class TrainedModel:
     """Weights that differ from the backbone's, by name; complete on rank 0 only."""
     probe_features: Sequence[ProbeFeatures] = ()
     """Head inputs by head, if a probe was fitted."""
-    mean_pooling: bool = False
-    """The head reads the mean over the response's tokens."""
+    pooling: Pooling = "last"
+    """Tokens that the head reads."""
 
     def save(self, folders: Sequence[Path]) -> str:
         """Write each head as a Hugging Face folder: float32, with the backbone's own dropout in its config.
@@ -257,7 +257,7 @@ def train_member(
         )
     return TrainedModel(
         backbone_folder, member.layers, encoder, tasks, progress.fit_results, weights, probe_features,
-        mean_pooling=member.mean_pooling,
+        pooling=member.pooling,
     )  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def _build_member_encoder(
     *,
     mark_truncated: bool,
 ) -> TextEncoder:
-    """Text encoder of an ensemble member. Raises ModelError for an encoder with mean pooling."""
+    """Text encoder of an ensemble member. Raises ModelError for an encoder with another pooling than its own."""
     encoder = build_text_encoder(
         model,
         backbone_folder,
@@ -278,12 +278,12 @@ def _build_member_encoder(
         is_single_model=len(lead_settings.member_specs) < 2,
         response_only=member.response_only,
         mark_truncated=mark_truncated,
-        locate_responses=any(other.mean_pooling for other in lead_settings.member_specs),
+        locate_responses=lead_settings.reads_response_tokens,
     )
-    if member.mean_pooling and encoder.uses_text_pairs:
+    if member.pooling != "last" and encoder.uses_text_pairs:
         raise ModelError(
-            f"a member on {member.backbone} has pooling: mean, but an encoder has a pooler of its own; remove pooling "
-            "from this member or name a decoder"
+            f"a member on {member.backbone} has pooling: {member.pooling}, but an encoder has a pooler of its own; "
+            "remove pooling from this member or name a decoder"
         )
     return encoder
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rluf.config.reward import HeadReading
+from rluf.config.reward import HeadReading, Pooling
 from rluf.errors import ModelError
 from rluf.reward.backbone import (
     HEAD_MODULE_NAMES,
@@ -66,7 +66,7 @@ class SharedForward:
 
 
 def plan_forward_passes(
-    models: Sequence[PreTrainedModel], response_only: Sequence[bool], mean_pooling: Sequence[bool]
+    models: Sequence[PreTrainedModel], response_only: Sequence[bool], poolings: Sequence[Pooling]
 ) -> list[SharedForward]:
     """Plan the passes that serve all models, each model in one pass.
 
@@ -91,7 +91,7 @@ def plan_forward_passes(
         # Shallowest first; the model that runs comes last.
         served = sorted([deepest, *truncations], key=lambda index: layer_counts[index])
         served_heads = tuple(head for head in (heads[index] for index in served) if head is not None)
-        readings = tuple(HeadReading(layer_counts[index], mean_pooling[index]) for index in served)
+        readings = tuple(HeadReading(layer_counts[index], poolings[index]) for index in served)
         forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, readings))
         remaining = [index for index in remaining if index not in served]
     return forward_passes
@@ -168,7 +168,7 @@ class RewardModel:
             self._forward_passes = plan_forward_passes(
                 self.members,
                 [member_encoder.response_only for member_encoder in self._list_member_encoders()],
-                [index in calibration.mean_pooling_members for index in range(len(self.members))],
+                calibration.member_poolings or tuple("last" for _ in self.members),
             )
         self.batch_tokens = batch_tokens
 
@@ -210,7 +210,7 @@ class RewardModel:
                 is_single_model=len(folders) < 2,
                 response_only=index in calibration.response_only_members,
                 mark_truncated=calibration.mark_truncated,
-                locate_responses=bool(calibration.mean_pooling_members),
+                locate_responses=bool(calibration.member_poolings),
             )
             for index, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]

@@ -34,7 +34,7 @@ objectives:
   brevity: {{source: judge, path: length, weight: 0.2}}
   warmth: {{weight: 0.1, gate: must_rise}}
 reward:
-  warmth: {{backbone: tiny-encoder, epochs: 1}}
+  warmth: {{backbone: tiny-encoder, epochs: 1, max_tokens: 96}}
 aggregation: {{topic_objectives: {{risky: warmth}}}}
 algorithm: {{demonstrations: 1}}
 """

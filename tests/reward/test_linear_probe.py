@@ -246,7 +246,7 @@ def test_features_of_one_conversations_messages_equal_those_of_separate_rows(tmp
 
 
 @pytest.mark.parametrize("max_tokens", [200, 40])
-def test_mean_pooling_is_the_mean_over_the_response_whoever_shares_the_pass(tiny_folder: Path, max_tokens: int) -> None:
+def test_poolings_read_the_tokens_of_the_response_whoever_shares_the_pass(tiny_folder: Path, max_tokens: int) -> None:
     model = load_classifier(tiny_folder, require_all_weights=False, seed=1)
     encoder = build_text_encoder(model, tiny_folder, max_tokens, locate_responses=True)
     messages = [{"role": "user", "content": "Hi, how was the day?"}]
@@ -254,7 +254,7 @@ def test_mean_pooling_is_the_mean_over_the_response_whoever_shares_the_pass(tiny
     rows = [{"messages": messages, "response": text, "label": 1, "weight": 1.0, "group": "g"} for text in responses]
     split = encode_split(rows, encoder, is_pairwise=False, source_name="here")
     trainer = RewardModelTrainer(model, encoder, TrainPlan(epochs=0, batch_rows=1, batch_tokens=256, seed=0))
-    readings = (HeadReading(1), HeadReading(1, mean_pooling=True), HeadReading(2, mean_pooling=True))
+    readings = (HeadReading(1), HeadReading(1, "mean"), HeadReading(2, "mean"), HeadReading(2, "response_end"))
     features = trainer.compute_features(split, readings)
     assert np.allclose(trainer.compute_features(split, (readings[2],))[0], features[2], atol=1e-4)
     for index, row in enumerate(split.sequences):
@@ -266,8 +266,9 @@ def test_mean_pooling_is_the_mean_over_the_response_whoever_shares_the_pass(tiny
             # The state after the last layer has passed through the final norm already, that after the first has not.
             expected = [model.model.norm(states.hidden_states[1]), states.last_hidden_state]
         assert np.allclose(features[0, index], expected[0][0, -1], atol=1e-4)
-        for feature, layer_states in zip(features[1:, index], expected, strict=True):
+        for feature, layer_states in zip(features[1:3, index], expected, strict=True):
             assert np.allclose(feature, layer_states[0, start:end].mean(0), atol=1e-4)
+        assert np.allclose(features[3, index], expected[1][0, end - 1], atol=1e-4)
 
 
 def test_truncation_retains_the_lowest_layers(tiny_folder: Path) -> None:
