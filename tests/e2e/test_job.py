@@ -10,10 +10,12 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -102,11 +104,14 @@ def job_env(tmp_path_factory: pytest.TempPathFactory) -> JobEnvironment:
 def ray_head(job_env: JobEnvironment) -> Iterator[str]:
     """A Ray head with a dashboard of its own; yields the dashboard's address, to which jobs are submitted."""
     dashboard_port = find_open_port()
+    # Not in Ray's own folder, where it leaves its address: Ray Train's controllers in other tests would look for their
+    # state on this cluster, and wait 12 s for it after it was killed. Short, as paths of sockets are limited.
+    folder = tempfile.mkdtemp(prefix="ray-")
     command = [
         str(BIN / "ray"), "start", "--head", "--block",
         f"--port={find_open_port()}", f"--dashboard-port={dashboard_port}",
         f"--dashboard-agent-listen-port={find_open_port()}", "--num-cpus=2", "--object-store-memory=300000000",
-        "--disable-usage-stats",
+        "--disable-usage-stats", f"--temp-dir={folder}",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=job_env.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -122,6 +127,7 @@ def ray_head(job_env: JobEnvironment) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

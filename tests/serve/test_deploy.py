@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +44,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def dashboard(environment: dict[str, str]) -> Iterator[str]:
     """Start a Ray head; yields the address of its dashboard, which accepts deployments."""
     port = find_free_port()
+    folder = tempfile.mkdtemp(prefix="ray-")  # not Ray's own, where it would leave the address of a killed cluster
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={find_free_port()}", f"--dashboard-port={port}",
         f"--dashboard-agent-listen-port={find_free_port()}", "--num-cpus=2", "--object-store-memory=200000000",
-        "--disable-usage-stats",
+        "--disable-usage-stats", f"--temp-dir={folder}",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     yield f"http://127.0.0.1:{port}"
@@ -53,6 +56,7 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_serve_config(port: int, folder: Path, log_folder: Path) -> dict[str, Any]:
