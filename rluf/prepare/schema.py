@@ -365,7 +365,8 @@ def _to_msgspec_type(annotation: Any, metadata: Sequence[Any]) -> Any:
     if origin is Annotated:
         return _to_msgspec_type(args[0], [*args[1:], *metadata])
     if origin in (Union, types.UnionType):
-        members = tuple(None if arg is type(None) else _to_msgspec_type(arg, []) for arg in args)
+        # Bounds of an optional field apply to its value.
+        members = tuple(None if arg is type(None) else _to_msgspec_type(arg, metadata) for arg in args)
         return Union[members]  # noqa: UP007
     if origin is list:
         base_type: Any = list[_to_msgspec_type(args[0], [])]  # type: ignore[misc]

@@ -21,8 +21,9 @@ from rluf.tracking.run_files import PromptComparison, RolloutSample, read_proven
 from rluf.utils.files import read_json, read_jsonl, to_jsonable
 
 if TYPE_CHECKING:
-    from rluf.utils.cache import Artifact
     from wandb import Run
+
+    from rluf.utils.cache import Artifact
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,6 @@ class WandbTracker:
 
         def record(run: Run) -> None:
             import numpy as np
-
             import wandb
 
             wandb_histograms = {

@@ -135,6 +135,16 @@ def test_emoji_and_other_time_zones_are_accepted(rows: dict[str, RowFactory]) ->
     assert record.time == datetime(2025, 6, 1, tzinfo=UTC)
 
 
+@pytest.mark.parametrize(
+    "change", [{"response_tokens": -1}, {"response_tokens": 2_000_000_000}, {"author": "x" * 2_000}]
+)
+def test_bounds_of_optional_fields_hold_in_bulk(rows: dict[str, RowFactory], change: dict[str, Any]) -> None:
+    raw = json.dumps(rows["feedback"](1, **change)).encode()
+    (result,) = validate_json_rows([raw], FeedbackRecord, NOW)
+    assert isinstance(result, RejectedRow) and next(iter(change)) in result.reason
+    assert result == validate_json_row(raw, FeedbackRecord, NOW)
+
+
 @pytest.mark.parametrize("kind", list(DATA_KINDS))
 def test_bulk_validation_agrees_with_pydantic(kind: str, rows: dict[str, RowFactory]) -> None:
     record_type = DATA_KINDS[kind].record_type
