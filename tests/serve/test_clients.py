@@ -177,7 +177,10 @@ def test_the_openrlhf_remote_reward_model(service_url: str, reward_models: dict[
     assert httpx.post(f"{service_url}/get_reward", json={**body, "prompts": []}).status_code == 422
 
 
-@given(st.text(min_size=1), st.text())
+PLAIN_TEXT = st.characters(codec="utf-8", exclude_characters="<[>]|")  # without what markers of templates consist of
+
+
+@given(st.text(PLAIN_TEXT, min_size=1), st.text(PLAIN_TEXT))
 def test_plain_text_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
     item = split_text(prompt + response, prompt)
     assert item.messages == [{"role": "user", "content": prompt}]
