@@ -68,7 +68,7 @@ class EncodedItem:
     member_encodings: tuple[EncodedItem, ...] = ()
     """Encodings of the same item for members 1 and up of an ensemble, if their encoders differ from the first's."""
     response_span: tuple[int, int] = field(default=(0, 0), compare=False)
-    """Start and end of the response's tokens, for mean pooling; (0, 0) if the encoder was not asked to locate them."""
+    """Start and end of the response's tokens; (0, 0) if the encoder was not asked to locate them."""
     # Not compared: rows of equal ids are the same input, whatever was left out of them.
     dropped_prompt_tokens: int = field(default=0, compare=False)
     """Tokens of the conversation that did not fit into `max_tokens`."""
@@ -109,7 +109,7 @@ class TextEncoder:
         `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only`
         replaces each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut
         responses; without it they are encoded like finished ones. `locate_responses` finds the response's tokens in a
-        decoder's rows, for heads with mean pooling. The model has `embedding_rows` token ids, by default all. Raises
+        decoder's rows, for heads that read them. The model has `embedding_rows` token ids, by default all. Raises
         ModelError when the tokenizer has neither CLS and SEP nor a chat template, or when it has CLS and SEP and
         read_at_next_turn is set.
         """
