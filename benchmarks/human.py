@@ -1,7 +1,7 @@
 """Rank real reactions with heads on frozen backbones, evaluated on users or prompts that they never saw.
 
 python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [--unreacted N]
-    [--head dislike] [key=value]
+    [--head dislike] [--leave-source-out] [key=value]
 
 Uses backbone, members and linear probe of the config's first objective or of another --head. It fits the head on all
 folds but one and scores that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs
@@ -10,8 +10,9 @@ the out-of-fold scores with an interval clustered by user or prompt, what length
 calibration fitted on other folds. With counterfactuals in the config's debias, the training folds of pairs have such
 rows too, made from rows of these folds only. `prompt_fit` is the share of good rows that score higher than a row made
 from them and another row of their fold, by kind (rluf.reward.counterfactuals); --skip-prompt-fit saves reading these
-rows. --splits N repeats with N random fold assignments; `by_split` shows how far the figure depends on them, and all
-other figures are from the first assignment.
+rows, and leaves them out of the fit too. --splits N repeats with N random fold assignments; `by_split` shows how far
+the figure depends on them, and all other figures are from the first assignment. --leave-source-out scores each data set
+by a head that was fitted on the others: folds by prompt share the models that wrote the responses, these do not.
 
 If the log has responses without a reaction (reader convai2_sparse), they count as not loved, which is how P[Love] is
 defined; `among_reacted` is the AUROC on the other rows. --unreacted N samples N of them and weights them accordingly.
@@ -271,13 +272,18 @@ def score_out_of_fold(
     fold_count: int,
     seed: int,
     debias: Sequence[str],
+    fold_names: Sequence[str] = (),
 ) -> tuple[Floats, Floats]:
     """Raw logits [all sequences] and calibrated ones [sequences of the log]; no head or calibration saw the cluster.
 
-    A copy has the logit of its source's fold, or NaN if its partner is in another fold.
+    A copy has the logit of its source's fold, or NaN if its partner is in another fold. `fold_names` [rows of the log]
+    replaces the random folds of clusters.
     """
     rows = all_rows.select_originals()
     fold_by_row = assign_folds(rows.clusters, fold_count, seed=seed)
+    if fold_names:
+        names, fold_by_row = np.unique(np.asarray(fold_names), return_inverse=True)
+        fold_count = len(names)
     fold_by_sequence = np.tile(fold_by_row, 2) if rows.is_pairwise else fold_by_row
     copy_folds = [
         fold_by_row[copy.source_index] if fold_by_row[copy.source_index] == fold_by_row[copy.partner_index] else -1
@@ -331,6 +337,11 @@ def summarize_prompt_fit(
     }
 
 
+def list_sources(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The data set of each row: what its id begins with."""
+    return [str(record["id"]).split("-")[0] for record in records]
+
+
 def measure_by_source(
     sources: Sequence[str], differences: Floats, length_differences: Floats, clusters: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
@@ -367,8 +378,9 @@ def compute_metrics(records: list[dict[str, Any]], rows: EncodedSplit, logits: F
         length_difference = rows.response_lengths[:pair_count] - rows.response_lengths[pair_count:]
         differences = logits[:pair_count] - logits[pair_count:]
         metrics = compute_pair_metrics(differences, rows.weights, length_difference, rows.clusters)
-        sources = [str(record["id"]).split("-")[0] for record in records]
-        return metrics | {"by_source": measure_by_source(sources, differences, length_difference, rows.clusters)}
+        return metrics | {
+            "by_source": measure_by_source(list_sources(records), differences, length_difference, rows.clusters)
+        }
     metrics = compute_label_metrics(logits, rows.labels, rows.weights, rows.response_lengths, rows.clusters)
     reacted = [index for index, record in enumerate(records) if record.get("reaction") is not None]
     if 0 < len(reacted) < len(records):
@@ -388,6 +400,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--unreacted", type=int, default=1_000_000)
     parser.add_argument("--skip-prompt-fit", action="store_true")
+    parser.add_argument("--leave-source-out", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -416,8 +429,11 @@ def main() -> None:
         all_rows = replace(all_rows, context_columns=columns)
     rows = all_rows.select_originals()
     logger.info("fitting %d heads on %d folds", len(member_features), args.folds)
+    fold_names = list_sources(records) if args.leave_source_out else ()
     logits_by_split = [
-        score_out_of_fold(member_features, all_rows, counterfactuals, args.folds, settings.seed + split, debias)
+        score_out_of_fold(
+            member_features, all_rows, counterfactuals, args.folds, settings.seed + split, debias, fold_names
+        )
         for split in range(args.splits)
     ]
     metrics_by_split = [compute_metrics(records, rows, logits) for _, logits in logits_by_split]
@@ -428,7 +444,7 @@ def main() -> None:
     report = {
         "benchmark": "human",
         "objective": objective,
-        "folds": args.folds,
+        "folds": len(set(fold_names)) or args.folds,
         "n": len(rows),
         "clusters": len(set(rows.clusters)),
         "tokens": rows.token_count,

@@ -1,7 +1,6 @@
 """First pass of prepare: validate one stripe of a file; write redacted rows, an index for later passes, and quarantine.
 
-Rows are written by bucket, a range of row keys. The index has one entry per row, about 150 bytes without messages and
-response, so that the second pass can hold the whole log's index in memory.
+Rows are written by bucket, a range of row keys. The second pass holds the index in memory: about 150 bytes per row.
 """
 
 from __future__ import annotations

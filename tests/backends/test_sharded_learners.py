@@ -148,6 +148,9 @@ def run_rank(rank: int, port: int, cases: list[tuple[int, dict[str, Any]]], mode
             assert up_gap < tolerance, (name, up_gap)
             gaps = f"two ranks and one {gap:.1e}, one resumed from two {down_gap:.1e}, two from one {up_gap:.1e}"
             sys.stderr.write(f"{name}: largest gap of a weight: {gaps}\n")
+            (Path(folder) / f"gaps-{index}.json").write_text(
+                json.dumps([gap / 10 / tolerance, down_gap / tolerance, up_gap / tolerance])
+            )
 
 
 def find_free_port() -> int:
@@ -156,18 +159,21 @@ def find_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def spawn_ranks(cases: list[tuple[int, dict[str, Any]]], tmp_path: Path) -> None:
-    """Run the cases on two ranks, which contain the assertions: mp.spawn raises what fails in either."""
+def spawn_ranks(cases: list[tuple[int, dict[str, Any]]], tmp_path: Path) -> list[list[float]]:
+    """Run the cases on two ranks, raising what fails in one; largest gaps of a weight, as shares of what is allowed."""
     model_path = resolve_model("tiny", tmp_path / "cache")
     mp.spawn(run_rank, args=(find_free_port(), cases, str(model_path), str(tmp_path)), nprocs=2)
+    return [json.loads((tmp_path / f"gaps-{index}.json").read_text()) for index in range(len(cases))]
 
 
 @pytest.mark.slow
 def test_two_sharded_ranks_equal_one_rank_and_resume_exactly(tmp_path: Path) -> None:
-    spawn_ranks(QUICK_CASES, tmp_path)
+    gaps = spawn_ranks(QUICK_CASES, tmp_path)
+    assert len(gaps) == len(QUICK_CASES) and max(map(max, gaps)) < 1
 
 
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_every_stage_and_option_on_two_ranks(tmp_path: Path) -> None:
-    spawn_ranks(ALL_CASES, tmp_path)
+    gaps = spawn_ranks(ALL_CASES, tmp_path)
+    assert len(gaps) == len(ALL_CASES) and max(map(max, gaps)) < 1
