@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, cast
 
-from rluf.errors import SettingsError
+from rluf.errors import RlufError, SettingsError
 from rluf.types import Score, ScoringItem
 from rluf.utils.plugins import check_signature, load_plugin
 
@@ -26,6 +26,10 @@ RewardFunction = Callable[[Sequence[RewardRow]], Sequence[float] | Awaitable[Seq
 MAX_REWARD = 1e30
 """Larger numbers are refused like infinite ones: their squares would overflow."""
 SIGNATURE = "a function of a list of rows that returns a list of numbers"
+MESSAGES_HINT = (
+    "prompts and completions are lists of messages, [{'role': ..., 'content': ...}], or texts where the parameter is "
+    "annotated list[str]"
+)
 UNAVAILABLE_ARGUMENTS = frozenset({"completion_ids", "environments", "log_extra", "log_metric", "trainer_state"})
 """What TRL passes apart from texts and columns of the data set, and rluf does not."""
 
@@ -36,12 +40,21 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
     The scoring function raises SettingsError where the reward function does not return one finite number per item.
     """
     label = f"reward function {reference!r}"
-    function = build_reward_function(load_plugin(reference, kind="reward function", signature=SIGNATURE), label)
+    plugin = load_plugin(reference, kind="reward function", signature=SIGNATURE)
+    function = build_reward_function(plugin, label)
+
+    def describe_input(rows: Sequence[RewardRow]) -> str:
+        """What the function got: most errors of a first try come from a wrong idea of it."""
+        if function is not plugin:
+            return MESSAGES_HINT
+        return f"a row has the keys {', '.join(dict.fromkeys(key for row in rows for key in row))}"
 
     def score_items(items: Sequence[ScoringItem]) -> list[Score]:
-        result: Any = function([build_row(item) for item in items])
-        if inspect.isawaitable(result):
-            result = asyncio.run_coroutine_threadsafe(_wait_for(result), _get_event_loop()).result()
+        rows = [build_row(item) for item in items]
+        with _NoteOnError(f"raised by {label} of objective {objective}; {describe_input(rows)}"):
+            result: Any = function(rows)
+            if inspect.isawaitable(result):
+                result = asyncio.run_coroutine_threadsafe(_wait_for(result), _get_event_loop()).result()
         # Their items are numbers too, in the wrong order or of the wrong kind: keys, digits.
         values = [] if isinstance(result, Mapping | Set | str | bytes) else _read_numbers(result)
         if len(values) != len(items) or not all(abs(value) < MAX_REWARD for value in values):
@@ -95,6 +108,20 @@ def build_reward_function(function: Any, label: str) -> RewardFunction:
         return function(**{key: values for key, values in columns.items() if keywords or key in parameters})
 
     return score_rows
+
+
+class _NoteOnError:
+    """Adds a note to an exception of the user's code, which the driver prints with the message."""
+
+    def __init__(self, note: str) -> None:
+        self.note = note
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, RlufError):
+            error.add_note(self.note)
 
 
 def build_row(item: ScoringItem) -> RewardRow:

@@ -128,7 +128,8 @@ def _translate_task_error(error: RayTaskError, caller_label: str, actor_name: st
     if isinstance(cause, ObjectLostError):
         return ActorLostError(f"{caller_label} could not read an object: {_take_first_sentence(error)}")
     logger.debug("%s: failed:\n%s", caller_label, error)
-    return ActorError(f"{caller_label} failed: {type(cause).__name__}: {cause}; run.log has the traceback")
+    message = "; ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", ())])
+    return ActorError(f"{caller_label} failed: {message}; run.log has the traceback")
 
 
 async def gather_calls(

@@ -357,6 +357,13 @@ class TrainController:
         self.reward_aggregator.fit_reference([self._build_group_scores(scored_group) for _, scored_group in scored])
         for name, row in self.reward_aggregator.describe_reference().items():
             logger.info("reference sample: objective=%s %s", name, " ".join(f"{k}={v:.4g}" for k, v in row.items()))
+            if row["weight"] > 0 and row["within_sd"] == 0:
+                logger.warning(
+                    "objective %s: all responses of the base policy to a prompt have the same score (mean %.4g), so it "
+                    "cannot change the policy until they differ; check its function, rule or model",
+                    name,
+                    row["mean"],
+                )
         self.snapshot = self.get_state()
         return [group for group, _ in scored]
 

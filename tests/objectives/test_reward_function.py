@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import pickle
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -277,6 +279,40 @@ def judge_nothing(completions: Any, **kwargs: Any) -> list[float | None]:
 def test_none_is_refused_as_no_reward() -> None:
     with pytest.raises(SettingsError, match=r"one finite number for each of 3 .*None.*leave prompts that cannot be"):
         build_rule_scorer("exact", reward=f"{__name__}:judge_nothing")(ITEMS)
+
+
+def read_a_missing_key(rows: Sequence[RewardRow]) -> list[float]:
+    return [float(row["solution"] == row["response"]) for row in rows]
+
+
+async def read_a_missing_key_later(rows: Sequence[RewardRow]) -> list[float]:
+    await asyncio.sleep(0)
+    return read_a_missing_key(rows)
+
+
+def match_texts(completions: Any, **kwargs: Any) -> list[float]:
+    return [float(bool(re.match(r"\d", completion))) for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("name", "error_type", "hint"),
+    [
+        (
+            "read_a_missing_key",
+            KeyError,
+            "a row has the keys answer, topic, messages, response, finish_reason, prompt_id",
+        ),
+        ("read_a_missing_key_later", KeyError, "a row has the keys answer, topic, messages, response"),
+        ("match_texts", TypeError, r"completions are lists of messages, .* annotated list\[str\]"),
+    ],
+)
+def test_an_exception_of_the_function_says_which_one_and_what_it_got(
+    name: str, error_type: type[Exception], hint: str
+) -> None:
+    with pytest.raises(error_type) as error_info:
+        build_rule_scorer("exact", reward=f"{__name__}:{name}")(ITEMS)
+    (note,) = pickle.loads(pickle.dumps(error_info.value)).__notes__  # as Ray sends it to the driver
+    assert re.search(rf"raised by reward function '{__name__}:{name}' of objective exact; .*{hint}", note)
 
 
 def take_ids(completion_ids: Any, **kwargs: Any) -> list[float]:

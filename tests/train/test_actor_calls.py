@@ -37,6 +37,11 @@ class Worker:
     def fail(self) -> None:
         raise KeyError("lost")
 
+    def fail_with_note(self) -> None:
+        error = TypeError("not a text")
+        error.add_note("raised by reward function 'mine:score'")
+        raise error
+
     def fill(self) -> None:
         raise ObjectStoreFullError("no room for 1 GiB")
 
@@ -67,6 +72,11 @@ def test_a_result_is_returned() -> None:
     [
         ("refuse", DataError, r"^row 3 is empty; fill it$"),
         ("fail", ActorError, r"^worker 0 \(testing\) failed: KeyError: 'lost'"),
+        (
+            "fail_with_note",
+            ActorError,
+            r"failed: TypeError: not a text; raised by reward function 'mine:score'; run.log",
+        ),
         ("fill", ResourceError, r"worker 0 \(testing\) found Ray's object store full.*no room for 1 GiB"),
         ("die", ActorLostError, r"^worker 0 \(testing\) died: "),
     ],

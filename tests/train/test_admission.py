@@ -214,11 +214,13 @@ def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest
 class SampledController(TrainController):
     """A controller whose engines answer each prompt with equal scores, but for one sample."""
 
+    score_of_samples = DIFFERENT_SCORES
+
     async def generate_and_score(
         self, prompts: Sequence[Prompt], *_: Any, **__: Any
     ) -> list[tuple[Group, ScoredGroup]]:
         self.answered = list(prompts)
-        scored = [make_scored_group(DIFFERENT_SCORES, topic=prompt.topic) for prompt in prompts]
+        scored = [make_scored_group(self.score_of_samples, topic=prompt.topic) for prompt in prompts]
         return [(Group(prompt, (), 0), row) for prompt, row in zip(prompts, scored, strict=True)]
 
 
@@ -242,3 +244,16 @@ async def test_the_reference_sample_has_the_topic_mix_of_training_and_fixes_all_
     reference = controller.reward_aggregator.describe_reference()
     assert set(reference) == {"love", "helpfulness", "safety"} and reference["love"]["within_sd"] > 0
     assert controller.snapshot.reward_aggregator["normalizer"]["mean"]["love"] == reference["love"]["mean"]
+
+
+async def test_an_objective_whose_scores_never_differ_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    settings = load_settings(None, ["objectives.safety.weight=0"]).settings
+    prompts = [Prompt(str(index), (), (1,), "chat", "train") for index in range(5)]
+
+    class ConstantController(SampledController):
+        score_of_samples = EQUAL_SCORES
+
+    controller = ConstantController(settings, ActorSupervisor(settings, Path(), {}, with_learners=True), prompts)
+    await controller.sample_reference()
+    warnings = [record.getMessage() for record in caplog.records if "the same score" in record.getMessage()]
+    assert [warning.partition(":")[0] for warning in warnings] == ["objective love", "objective helpfulness"]
