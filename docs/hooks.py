@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from rluf.config.cli import flatten_settings, format_yaml_value  # noqa: E402
 from rluf.config.load import iter_setting_fields, load_settings  # noqa: E402
 from rluf.config.objectives import BUILTIN_OBJECTIVES  # noqa: E402
+from rluf.config.renamed import REPLACED_SETTINGS, describe_old_keys  # noqa: E402
 from rluf.tracking import metric_registry  # noqa: E402
 from rluf.tracking.gauges import parse_metric_key  # noqa: E402
 
@@ -100,7 +101,24 @@ def settings_page() -> str:
         meaning = html.escape(" ".join((info.description or "").split()), quote=False).replace("|", "&#124;")
         default = defaults.get(key) or format_yaml_value(info.get_default(call_default_factory=True))
         lines.append(f"| `{key}` | `{_type_name(info.annotation)}` | `{default}` | {meaning} |")
+    lines += [
+        "", "## Renamed and removed settings", "",
+        "An old key is refused, and the message says what replaces it. This table is the same one.", "",
+        "| old key | now |", "|---|---|",
+        *(f"| {old_key} | {html.escape(text, quote=False)} |" for old_key, text in list_replaced_settings()),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def list_replaced_settings() -> Iterator[tuple[str, str]]:
+    """Each old key with what replaces it today; <name> stands for any objective."""
+    for old_key in REPLACED_SETTINGS:
+        key = old_key.replace("*", "<name>")
+        yield f"`{key}`", describe_old_keys(_nest(key.split(".")))[key]
+
+
+def _nest(words: list[str]) -> Any:
+    return {words[0]: _nest(words[1:])} if words else None
 
 
 def _type_name(annotation: Any) -> str:

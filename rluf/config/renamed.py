@@ -78,7 +78,7 @@ REPLACED_SETTINGS: Mapping[str, str] = {
     "reward.*.patience": "a constant: EARLY_STOPPING_EPOCHS = 2 in rluf/reward/fit.py",
     "reward.*.positive_rate": "reward.*.pu_class_prior",
     "reward.*.probe": "reward.*.linear_probe",
-    "reward.*.pu_class_prior": "a constant: PU_CLASS_PRIOR = 0.2 in rluf/reward/losses.py",
+    "reward.*.pu_class_prior": "a constant: PU_CLASS_PRIOR = 0.15 in rluf/reward/losses.py",
     "reward.*.shared_head": "reward.*.ensemble.shared_head",
     "reward.*.weight_decay": "a constant: WEIGHT_DECAY = 0.01 in rluf/reward/fit.py",
     "reward.deadline_s": "timeouts.reward_training_s",

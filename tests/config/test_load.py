@@ -195,6 +195,9 @@ def test_constants_that_replace_settings_exist() -> None:
         assert module is not None, text
         source = (ROOT / module.group()).read_text(encoding="utf-8")
         assert all(name in source for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", text)), text
+        for name, value in re.findall(r"([A-Z]+(?:_[A-Z]+)+) = ([\d.]+)", text):
+            values = re.findall(rf"^{name}(?:: \w+)? = ([\d._]+)", source, re.MULTILINE)
+            assert all(float(number) == float(value) for number in values), text
 
 
 @pytest.mark.parametrize("old_key", REPLACED_SETTINGS)

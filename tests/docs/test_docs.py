@@ -123,6 +123,11 @@ def test_the_reference_has_every_setting_and_every_metric() -> None:
         assert " ".join((info.description or "?").split()) in html.unescape(row)
     assert all(f"| `{spec.key}` | `{spec.wandb_name}` |" in metrics for spec in STEP_METRICS)
     assert "| `algorithm.steps` | `int` | `12` |" in settings
+    for row in (
+        "| `algorithm.mix` | algorithm.topic_weights |",
+        "| `reward.<name>.probe` | reward.<name>.linear_probe |",
+    ):
+        assert row in html.unescape(settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
