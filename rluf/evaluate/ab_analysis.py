@@ -250,7 +250,7 @@ def _analyze_quantiles(
 
 
 def _count_expected_events(control: UserTotals, treatment: UserTotals) -> float | None:
-    """Events (hearts) that the pooled rate predicts for the smaller arm; None for values that are no rate."""
+    """Events (hearts) that the pooled rate predicts for the smaller arm; None unless the values are a rate."""
     sums = control.sums.sum() + treatment.sums.sum()
     counts = control.counts.sum() + treatment.counts.sum()
     if not 0.0 <= sums <= counts:
