@@ -65,3 +65,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'rluf' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Names for completion in a notebook, before their first use too."""
+    return sorted({*globals(), *__all__})

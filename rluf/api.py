@@ -27,7 +27,7 @@ from typing import Any
 from uuid import UUID
 
 from rluf.config import load
-from rluf.config.objectives import BUILTIN_OBJECTIVES
+from rluf.config.objectives import BUILTIN_OBJECTIVES, OBJECTIVE_NAME_PATTERN
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
 from rluf.objectives.reward_function import build_reward_function
@@ -38,6 +38,8 @@ from rluf.utils.plugins import check_signature
 
 Rows = Iterable[Any]
 """Rows in memory: dicts or records, a `datasets.Dataset`, a table of pandas, polars or Arrow."""
+RewardFunctions = Mapping[str, Callable[..., Any] | str] | Sequence[Callable[..., Any]] | Callable[..., Any]
+"""Functions, or module:function, by objective; functions alone are objectives of their own names."""
 PENDING_FUNCTION = "pending:function"
 """Path of a function that is not stored yet, because the settings that are loaded first say where the cache is."""
 
@@ -90,15 +92,16 @@ def load_settings(
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     *,
     rows: Mapping[str, Rows] | None = None,
-    reward_functions: Mapping[str, Callable[..., Any] | str] | None = None,
+    reward_functions: RewardFunctions | None = None,
     trackers: Sequence[Callable[..., Any] | str] = (),
 ) -> Settings:
     """Settings of a run: a file or the name of a shipped configuration, then the overrides.
 
     `overrides` are key=value texts, or a mapping such as {"algorithm.steps": 20}. `rows` replaces `data.<kind>`
     (feedback, preferences, safety, prompts, reactions, labels.<objective>) by rows in memory, which are written to the
-    cache; NaN and other missing values become null. `reward_functions` adds an objective for each name, scored by the
-    function (`source: function`); its weight is 1 unless the file or the overrides give it. `trackers` are added to
+    cache; NaN and other missing values become null; a prompt may be a text. `reward_functions` adds an objective for
+    each name, scored by the function (`source: function`); its weight is 1 unless the file or the overrides give it.
+    Without names, as TRL takes them, each function is an objective of its own name. `trackers` are added to
     those of the configuration: names, or classes or functions (settings, run folder) -> tracker. A function of a
     notebook is stored in the cache with cloudpickle; the cache must be a shared folder when actors run on other
     machines.
@@ -111,7 +114,7 @@ def load_settings(
             f"expected a file or the name of a configuration, got {_describe(config)}; settings are the second argument"
         )
     texts, config_path = _list_overrides(overrides), load.QUICKSTART if config is None else Path(config)
-    functions = _check_mapping(reward_functions, "reward_functions", "{name: function}")
+    functions = _name_functions(reward_functions)
     for name, function in functions.items():
         if not isinstance(function, str):
             build_reward_function(function, f"reward_functions[{name!r}]")
@@ -185,6 +188,24 @@ def _check_mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
     return value or {}
 
 
+def _name_functions(functions: Any) -> Mapping[str, Any]:
+    """Reward functions by objective; a function, or a list of them, takes the functions' own names."""
+    if isinstance(functions, list | tuple):
+        unnamed = list(functions)
+    elif callable(functions):
+        unnamed = [functions]
+    else:
+        return _check_mapping(functions, "reward_functions", "{name: function}")
+    names = [getattr(function, "__name__", "") for function in unnamed]
+    for name, function in zip(names, unnamed, strict=True):
+        if not callable(function) or not OBJECTIVE_NAME_PATTERN.fullmatch(name) or names.count(name) > 1:
+            raise SettingsError(
+                f"reward_functions: {_describe(function)} has no name of its own that can name an objective; pass a "
+                "mapping such as {name: function}"
+            )
+    return dict(zip(names, unnamed, strict=True))
+
+
 def _list_overrides(overrides: Any) -> list[str]:
     """Overrides as key=value texts."""
     if isinstance(overrides, Mapping):
@@ -208,11 +229,15 @@ def _write_rows(kind: str, rows: Any, cache_folder: Path) -> str:
             rows = rows.to_dict("records") if arguments is None else getattr(rows, method)()
             break
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-        raise DataError(f"rows[{kind!r}]: expected rows (a list of dicts, a data set, a table), got {_describe(rows)}")
+        hint = f"; pass one of its splits: {', '.join(map(str, rows))}" if _is_data_set_dict(rows) else ""
+        raise DataError(
+            f"rows[{kind!r}]: expected rows (a list of dicts, a data set, a table), got {type(rows).__name__}"
+            + (hint or f" {str(rows)[:100]!r}")
+        )
     lines = []
     for index, row in enumerate(rows):
         try:
-            content = _to_json(row)
+            content = _to_json({"prompt": row} if kind == "prompts" and isinstance(row, str) else row)
             if not isinstance(content, dict):
                 raise TypeError(f"expected a dict, got {_describe(row)}")
             lines.append(f"{json.dumps(content, ensure_ascii=False)}\n".encode())
@@ -221,6 +246,11 @@ def _write_rows(kind: str, rows: Any, cache_folder: Path) -> str:
     if not lines:
         raise DataError(f"rows[{kind!r}] has no rows; a generator can be read only once")
     return str(_write_once(cache_folder / "inputs", f"{kind}-{{digest}}.jsonl", b"".join(lines)))
+
+
+def _is_data_set_dict(rows: Any) -> bool:
+    """Whether these are the splits of a data set (`datasets.DatasetDict`, or a dict of data sets)."""
+    return isinstance(rows, Mapping) and bool(rows) and all(hasattr(split, "column_names") for split in rows.values())
 
 
 def _write_function(function: Callable[..., Any] | str, cache_folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,9 @@ def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_
             return find_model_folder(model_path)
         return resolve_model(model_path, resolve_cache_folder(settings))
     except ModelError as error:
+        if re.fullmatch(r"[\w.]+:\w+", model_path):
+            hint = f"for a function set {key.removesuffix('.path')}.source=function (judge for a rule)"
+            raise ModelError(f"{key}={model_path}: expected a model, got module:function; {hint}") from None
         raise ModelError(f"{key}={model_path}: {error}; or remove the key to train a model on the log") from error
 
 

@@ -1,6 +1,8 @@
 import asyncio
 import functools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -35,6 +37,8 @@ def test_every_public_name_can_be_imported() -> None:
         assert getattr(rluf, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'train_polcy'"):
         _ = rluf.train_polcy
+    code = "import rluf, sys; assert set(rluf.__all__) <= set(dir(rluf)); assert 'rluf.api' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_overrides_are_texts_or_a_mapping() -> None:
@@ -131,9 +135,13 @@ def test_values_of_data_frames_become_json(value: Any, expected: object) -> None
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["How are you?"], "row 1: expected a dict, got str 'How are you\\?'"),
+        ([["How are you?"]], "row 1: expected a dict, got list"),
         ({"prompt": ["a", "b"]}, "expected rows .* got dict"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "expected rows .* got DatasetDict"),
+        (
+            datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
+            "got DatasetDict; pass one of its splits: train",
+        ),
+        ({"test": datasets.Dataset.from_list(ROWS)}, "got dict; pass one of its splits: test"),
         ([], "has no rows; a generator can be read only once"),
         (None, "expected rows .* got NoneType"),
         ([{"prompt": b"a"}], "row 1: bytes"),
@@ -144,6 +152,13 @@ def test_values_of_data_frames_become_json(value: Any, expected: object) -> None
 def test_other_rows_are_refused_with_what_they_are(rows: Any, message: str) -> None:
     with pytest.raises(DataError, match=rf"rows\['prompts'\].*{message}"):
         rluf.load_settings("tiny", rows={"prompts": rows})
+
+
+def test_a_prompt_may_be_a_text_and_a_row_of_feedback_may_not() -> None:
+    (path,) = rluf.load_settings("tiny", rows={"prompts": ["Why?", {"prompt": "How?"}]}).data.prompts
+    assert Path(str(path)).read_text() == '{"prompt": "Why?"}\n{"prompt": "How?"}\n'
+    with pytest.raises(DataError, match=r"row 1: expected a dict, got str 'Why\?"):
+        rluf.load_settings("tiny", rows={"feedback": ["Why?"]})
 
 
 def test_a_row_may_be_a_feedback_record() -> None:
@@ -220,6 +235,22 @@ def test_a_reference_to_a_function_stays_as_it_is() -> None:
     assert settings.objectives.by_objective["words"].path == "mine:score_words"
 
 
+def score_like_trl(completions: Any, prompts: Any, **columns: Any) -> list[float]:
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("functions", "names"),
+    [(score_words, ["score_words"]), ([score_words, score_like_trl], ["score_words", "score_like_trl"])],
+)
+def test_functions_alone_are_objectives_of_their_own_names(functions: Any, names: list[str]) -> None:
+    settings = rluf.load_settings("tiny", reward_functions=functions)
+    objectives = settings.objectives.by_objective
+    assert [(objectives[name].path, objectives[name].weight) for name in names] == [
+        (f"{__name__}:{name}", 1.0) for name in names
+    ]
+
+
 def return_function_with_lock() -> Callable[..., Any]:
     lock = threading.Lock()
     return lambda rows: [float(lock.locked()) for _ in rows]
@@ -228,8 +259,11 @@ def return_function_with_lock() -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("functions", "message"),
     [
-        (score_words, "reward_functions: expected a mapping such as {name: function}, got function"),
-        ([score_words], "reward_functions: expected a mapping such as {name: function}, got list"),
+        (lambda rows: [0.0 for _ in rows], "function '<function <lambda>.*has no name of its own .* pass a mapping"),
+        ([score_words, score_words], "has no name of its own that can name an objective"),
+        ([functools.partial(score_words)], "has no name of its own that can name an objective"),
+        (["mine:score_words"], "str 'mine:score_words' has no name of its own"),
+        ("mine:score_words", "reward_functions: expected a mapping such as {name: function}, got str"),
         ({"words": 5}, r"reward_functions\['words'\]: expected a function of a list of rows .* got int '5'"),
         ({"words": None}, "expected a function of a list of rows .* got NoneType"),
         ({"words": WordScorer}, "expected a function of a list of rows .*; too many positional arguments"),

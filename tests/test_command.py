@@ -40,6 +40,8 @@ def test_an_unknown_command_is_one_message(name: str, hint: str, capsys: pytest.
         (["train", "--learning-rate", "5"], "did you mean learner.learning_rate?"),
         (["train", "tiny"], "write --config tiny"),
         (["train", "tracking.trackers=tensorboard"], "must be a list, such as [a, b]"),
+        (["train", "tracking.wandb=tensorboard"], "tracking.trackers names others, such as tensorboard"),
+        (["sweep", "--dry-run", "learner.learning_rate=1e-6,1e-5"], "are --grid learner.learning_rate=1e-6,1e-5"),
         (["train", "algorithm.topic_weights=risky"], "must be a mapping, such as {a: 1}"),
         (["train", "algorithm.steps", "3"], "'algorithm.steps' is not an override"),
         (["evaluate", "gaet"], "'gaet' is neither a sub-command (offline, blind, gate, "),

@@ -104,7 +104,7 @@ class TrackingSettings(SettingsSection):
     """W&B and console."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online when WANDB_API_KEY is set, else offline."""
+    """auto: online when WANDB_API_KEY is set, else offline. tracking.trackers names others, such as tensorboard."""
     project: str = "rluf"
     """W&B project."""
     group: Annotated[str | None, ADVANCED] = None

@@ -38,7 +38,12 @@ class SweepPlan(NamedTuple):
 
 def plan_sweep(args: argparse.Namespace) -> SweepPlan:
     """Load the settings of every run; SettingsError refuses an invalid one before the first run starts."""
-    settings = load_settings(args.config, args.overrides).settings
+    try:
+        settings = load_settings(args.config, args.overrides).settings
+    except SettingsError as error:
+        lists = [text for text in args.overrides if re.fullmatch(r"[\w.]+=[^\[{]*,.*", text)]
+        hint = f"; several values of a setting are --grid {lists[0]}" if lists else ""
+        raise SettingsError(f"{error}{hint}") from None
     if args.concurrent < 1 or min(value or 0 for value in (*args.weights, *args.kl)) < 0:
         raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
     folder = resolve_runs_root(settings) / f"{settings.name}-sweep"

@@ -22,6 +22,7 @@ SHIPPED_CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
         ("model.path=./missing", 4, "'./missing' is neither"),
         ("model.path=/missing/qwen-7b", 4, "neither"),
         ("objectives.helpfulness.path=./missing", 4, "objectives.helpfulness.path=./missing"),
+        ("objectives.helpfulness.path=mine:score", 4, "for a function set objectives.helpfulness.source=function"),
         ("data.prompts=missing.jsonl", 3, "missing.jsonl"),
         ("data.feedback={reader: nosuch, path: x.jsonl}", 3, "nosuch"),
         ("evaluate.monitors=[nowhere:shout]", 2, "nowhere"),
