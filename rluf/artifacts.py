@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +16,12 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import check_causal_lm, find_model_folder, list_embedded_models, resolve_model
 from rluf.objectives.judges import build_rule_scorer, load_judge
+from rluf.objectives.reward_function import list_required_fields
 from rluf.reward.external import check_external_model
 from rluf.tracking.plugin_tracker import load_tracker
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
 from rluf.utils.paths import check_cache_writable, check_writable, resolve_cache_folder, resolve_runs_root
+from rluf.utils.plugins import load_plugin
 
 
 def check_inputs(
@@ -139,11 +142,38 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
         return build_or_reuse(cache_folder, "data", cache_inputs, build)
 
 
+def check_prompt_fields(settings: Settings, data_folder: Path) -> None:
+    """Check that all prompts have the fields which reward functions in TRL's signature require. Raises DataError.
+
+    Before reward models are trained: the function itself would notice it only afterwards.
+    """
+    import pyarrow.parquet as pq
+
+    fields_by_function = {
+        str(objective.path): list_required_fields(load_plugin(str(objective.path), kind="reward function"))
+        for objective in settings.objectives.by_objective.values()
+        if objective.source == "function"
+    }
+    if not any(fields_by_function.values()):
+        return
+    for path in sorted(data_folder.glob("prompts/*.parquet")):
+        for row in pq.read_table(path, columns=["id", "extra_fields"]).to_pylist():
+            row_fields = json.loads(row["extra_fields"] or "{}").keys()
+            for reference, required_fields in fields_by_function.items():
+                if missing := sorted(required_fields - row_fields):
+                    raise DataError(
+                        f"reward function {reference!r} takes {', '.join(missing)}, which prompt {row['id']!r} of "
+                        "data.prompts does not have; add it to each row, or give the parameter a default"
+                    )
+
+
 def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[str, Artifact | None]:
     """The reward model of each objective: trained with Ray Train, reused, or taken from `path`; None for a judge.
 
-    The same workers train all missing ones in turn; heads on a shared backbone are one artifact.
+    The same workers train all missing ones in turn; heads on a shared backbone are one artifact. Raises DataError first
+    if prompts lack a field that a reward function requires.
     """
+    check_prompt_fields(settings, data_artifact.folder)
     from rluf.reward.ray_trainer import group_by_backbone, train_reward_models
 
     reward_settings, settings_by_objective = settings.reward, settings.objectives.by_objective

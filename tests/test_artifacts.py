@@ -1,15 +1,19 @@
-"""The cache key of a reward model covers everything that would train another one."""
+"""Reward models as artifacts: their cache key covers what would train another one; prompts are checked first."""
 
 from __future__ import annotations
 
 import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from rluf.artifacts import list_reward_cache_inputs
+from rluf.artifacts import check_prompt_fields, list_reward_cache_inputs, train_reward_artifacts
 from rluf.config.load import load_settings
+from rluf.errors import DataError
 from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.utils.cache import Artifact, compute_artifact_key
 
@@ -90,3 +94,35 @@ def test_other_prompts_do_not_retrain_a_reward_model(tmp_path: Path) -> None:
     other_pairs = prepare("other_pairs", f"data.preferences={pairs}")
     assert {name for name in keys if other_pairs[name] != keys[name]} == {"helpfulness"}
     assert len(set(keys.values())) == len(keys)
+
+
+def take_answer(completions: Any, answer: list[str], level: int = 0, **columns: Any) -> list[float]:
+    return [float(completion[0]["content"] == text) for completion, text in zip(completions, answer, strict=True)]
+
+
+def take_rows(rows: Any) -> list[float]:
+    return [0.0 for _ in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra_fields", "message"),
+    [
+        ("take_answer", ['{"answer": "4"}', '{"answer": "6", "level": 2}'], None),
+        ("take_answer", ['{"answer": "4"}', None], r"take_answer' takes answer, which prompt 'q1' of data\.prompts"),
+        ("take_answer", ['{"solution": "4"}', None], "takes answer, which prompt 'q0'"),
+        ("take_rows", [None, None], None),
+    ],
+)
+def test_prompts_without_a_field_that_a_reward_function_requires_are_named_before_reward_training(
+    tmp_path: Path, name: str, extra_fields: list[str | None], message: str | None
+) -> None:
+    (tmp_path / "prompts").mkdir()
+    table = pa.table({"id": ["q0", "q1"], "extra_fields": pa.array(extra_fields, pa.string())})
+    pq.write_table(table, tmp_path / "prompts" / "train.parquet")
+    overrides = ["objectives.exact.source=function", f"objectives.exact.path={__name__}:{name}"]
+    settings = load_settings(Path("tiny"), [*overrides, "objectives.exact.weight=1"]).settings
+    if message is None:
+        check_prompt_fields(settings, tmp_path)
+        return
+    with pytest.raises(DataError, match=message):
+        train_reward_artifacts(settings, Artifact("data", tmp_path, "0", reused=True))

@@ -75,19 +75,12 @@ def build_reward_function(function: Any, label: str) -> RewardFunction:
     other keys of the rows, as lists; a parameter without default is required in every row. SettingsError for any other
     signature, and for arguments that only TRL's trainer has.
     """
-    parameters: Mapping[str, inspect.Parameter] = {}
-    with suppress(TypeError, ValueError):  # not a function, or a built-in one without a signature
-        parameters = inspect.signature(function).parameters
+    parameters = _read_parameters(function)
     keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if {"completions", "completion_ids"}.isdisjoint(parameters) and not (keywords and len(parameters) == 1):
+    if not _is_like_trl(parameters):
         check_signature(function, label, SIGNATURE, 1)
         return cast("RewardFunction", function)
-    required = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
+    required = _list_required(parameters)
     if unavailable := required & UNAVAILABLE_ARGUMENTS:
         raise SettingsError(f"{label}: rluf does not pass {', '.join(sorted(unavailable))}; write {SIGNATURE}")
 
@@ -122,6 +115,34 @@ class _NoteOnError:
     def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, RlufError):
             error.add_note(self.note)
+
+
+def list_required_fields(function: Any) -> set[str]:
+    """Fields that every row of `data.prompts` must have for a function in TRL's signature; none for any other one."""
+    parameters = _read_parameters(function)
+    if not _is_like_trl(parameters):
+        return set()
+    return _list_required(parameters) - {"prompts", "completions", "finish_reason", "prompt_id", "topic"}
+
+
+def _read_parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    with suppress(TypeError, ValueError):  # not a function, or a built-in one without a signature
+        return inspect.signature(function).parameters
+    return {}
+
+
+def _is_like_trl(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    takes_keywords_only = [parameter.kind for parameter in parameters.values()] == [inspect.Parameter.VAR_KEYWORD]
+    return takes_keywords_only or not {"completions", "completion_ids"}.isdisjoint(parameters)
+
+
+def _list_required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    named_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in named_kinds
+    }
 
 
 def build_row(item: ScoringItem) -> RewardRow:
