@@ -1,4 +1,4 @@
-"""Record a new user's way from `pip install` of the wheel to an own reward function and its report, in a transcript.
+"""Record a new user's way from `pip install` of the wheel to a reward function and its report, in a transcript.
 
 python benchmarks/newcomer_wheel.py [--out docs/transcripts/newcomer_wheel.md] [key=value ...]
 
@@ -65,7 +65,7 @@ def main() -> int:
                 break
     machine = describe_machine()
     lines = [
-        "# From pip install to an own reward function",
+        "# From pip install to your own reward function",
         "",
         "The transcript of `python benchmarks/newcomer_wheel.py`: the wheel in a new environment, and a program that",
         "adds a reward function to the smallest configuration, whose models have random weights. The dependencies are",

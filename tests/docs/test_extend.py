@@ -50,7 +50,7 @@ def build_environment(user_folder: Path) -> dict[str, str]:
 
 def test_each_example_does_what_the_page_says(user_folder: Path) -> None:
     checks = [content for title, content in read_blocks("python") if title == "check"]
-    assert len(checks) == 6
+    assert len(checks) == 7
     code = "\n".join(checks)
     completed = subprocess.run(
         [sys.executable, "-c", code],

@@ -13,10 +13,11 @@ import pytest
 
 import rluf
 from rluf.config.settings import Settings
+from rluf.objectives.reward_function import build_function_scorer
 from rluf.sweep.__main__ import parse_arguments
 from rluf.sweep.runs import list_grid_points
 from rluf.tracking.plugin_tracker import PluginTracker
-from rluf.utils.plugins import load_plugin
+from rluf.types import ScoringItem
 
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "migrate.md").read_text("utf-8")
 BLOCKS = {
@@ -52,9 +53,9 @@ def test_the_page_has_five_tasks_and_their_counts() -> None:
 
 def test_the_reward_function_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = run_program("own reward function", monkeypatch, tmp_path)
-    objective = settings.objectives.by_objective["brevity"]
-    assert objective.source == "function"
-    assert load_plugin(str(objective.path), kind="reward function")([{"response": "two words"}]) == [-0.02]
+    objective = settings.objectives.by_objective["score_brevity"]
+    (score,) = build_function_scorer("score_brevity", str(objective.path))([ScoringItem([], "two words")])
+    assert (objective.source, score.value) == ("function", -0.02)
     assert settings.data.prompts == ("trl-lib/ultrafeedback-prompt",)
 
 
