@@ -232,6 +232,18 @@ def test_a_stalled_engine_is_named_and_an_unfinished_update_can_be_begun_again(e
     assert engine.sample_groups(1, 1)[0].weight_version == version + 1
 
 
+def test_the_engine_core_is_a_fork_without_the_sockets_of_its_actor(engine: RunningEngine) -> None:
+    actor_pid, (core_pid,) = engine.start_report["pid"], engine.start_report["core_pids"]
+    assert b"spawn_main" not in Path(f"/proc/{core_pid}/cmdline").read_bytes()
+    actor_sockets = list_sockets(actor_pid)
+    assert actor_sockets and not actor_sockets & list_sockets(core_pid)
+
+
+def list_sockets(pid: int) -> set[str]:
+    links = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    return {link for link in links if link.startswith("socket:")}
+
+
 def test_the_engine_core_does_not_outlive_its_killed_actor(engine: RunningEngine) -> None:
     core_pids = engine.start_report["core_pids"]
     assert core_pids and all(Path(f"/proc/{pid}").exists() for pid in core_pids)

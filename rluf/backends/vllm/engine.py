@@ -9,13 +9,14 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rluf.backends.vllm.core_process import fork_core_process
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
     check_adapter,
@@ -135,7 +136,8 @@ class RolloutEngine:
                 f"{self.name}: vLLM cannot run the model {self.model_folder}: {format_cause(error)}"
             ) from error
         try:
-            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            with fork_core_process() if self.settings.cluster.gpus_per_engine == 0 else nullcontext():
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             reason = format_cause(error)
             is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
