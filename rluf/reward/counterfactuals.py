@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ MIN_PREFERENCE_SHARE = 0.7
 """Share of pairs that a model should rank right; below it, the card and the log warn."""
 MAX_TEST_ROWS = 300
 """Good rows of the test split that are compared with each kind."""
+LOG_INTERVAL_S = 10.0
+"""Seconds between progress lines of the comparison, which takes minutes for a large model."""
 FLATTERY = (
     "What a wonderful message! You are so thoughtful, and I really admire you.",
     "You are amazing. I love how you put that, it shows what a great person you are.",
@@ -237,7 +240,14 @@ def measure_prompt_fit(
     ]
     logit_by_row = dict(zip(indices, _score(model, good_items), strict=True))
     shares: dict[str, Any] = {}
-    for kind in (*LABEL_COPY_RATES, "flattery"):
+    kinds, last_log_time = (*LABEL_COPY_RATES, "flattery"), time.monotonic()
+    for number, kind in enumerate(kinds, start=1):
+        if time.monotonic() - last_log_time > LOG_INTERVAL_S:
+            last_log_time = time.monotonic()
+            logger.info(
+                "%s: prompt fit, kind=%s (%d of %d) responses=%d", model.calibration.objective, kind, number,
+                len(kinds), len(indices),
+            )  # fmt: skip
         variants = [pool.make_counterfactual(kind, index, rng) for index in indices]
         pairs = [variant for variant in variants if variant is not None]
         if not pairs:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from rluf.reward import counterfactuals
 from rluf.reward.calibration import Calibration, compute_prior_shift
 from rluf.reward.counterfactuals import (
     MAX_LOOP_WORDS,
@@ -221,6 +222,17 @@ def test_a_model_that_reads_the_prompt_prefers_the_response_that_fits(caplog: py
     assert "mismatched" in reports[False]["below_minimum"]
     assert "mismatched" not in reports[True]["below_minimum"]
     assert "mismatched 0." in caplog.text
+
+
+def test_a_long_comparison_shows_its_progress(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counterfactuals, "LOG_INTERVAL_S", -1.0)
+    reader: Any = PromptReader(reads_prompt=True)
+    with caplog.at_level(logging.INFO):
+        measure_prompt_fit(reader, build_rows(240), is_pairwise=False, seed=0)
+    assert "prompt fit, kind=mismatched (1 of 6) responses=" in caplog.text
+    assert "kind=flattery (6 of 6)" in caplog.text
 
 
 def test_prompt_fit_is_measured_with_a_real_model(tmp_path: Path) -> None:
