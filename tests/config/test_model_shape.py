@@ -38,9 +38,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "GPT-NeoX, no gate": ("GPTNeoX", {"intermediate_size": 1024, "num_key_value_heads": 8}, 256),
     "Starcoder2, no gate": ("Starcoder2", {"intermediate_size": 1024}, 64),
     "Nemotron, no gate": ("Nemotron", {"head_dim": 32}, 64),
-    "Falcon, one key-value head": ("Falcon", {"multi_query": True}, 32),
+    "Falcon, one key-value head": ("Falcon", {"multi_query": True, "intermediate_size": 1024}, 32),
     "Falcon 40B, several key-value heads": (
-        "Falcon", {"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}, 64
+        "Falcon", {"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2,
+                   "intermediate_size": 1024}, 64
     ),
 }  # fmt: skip
 
