@@ -16,7 +16,7 @@ import torch
 from rluf.backends.weight_transfer import nccl, renew_weight_sender
 from rluf.backends.weight_transfer.nccl import NcclReceiver, NcclSender
 from rluf.config.load import load_settings
-from rluf.errors import ActorLostError
+from rluf.errors import ActorLostError, WeightSyncError
 from rluf.train.actor_calls import ActorGroups, ActorRef
 from rluf.train.weight_sync import WeightSync
 
@@ -136,6 +136,14 @@ def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement(wi
         alone.send_bucket([("w", torch.zeros(2))])
         alone.end()
         alone.close()
+
+
+def test_a_rendezvous_that_vllm_cannot_reach_is_refused(without_gpus: None) -> None:
+    settings = load_settings(None, OVERRIDES).settings
+    sender = renew_weight_sender(None, settings, {"rollout 0": 0}, lambda: ("fd00::7", 1234))
+    with pytest.raises(WeightSyncError, match=r"IPv4 only, but the learner's address is fd00::7"):
+        sender.begin(1)
+    sender.close()
 
 
 class StandInMethod:

@@ -54,6 +54,11 @@ class NcclSender:
     def begin(self, weight_version: int) -> dict[str, Any]:
         """Transfer info with the rendezvous address; the first sync also starts waiting for the engines there."""
         self._wait_for_pending("the last weight sync")
+        if ":" in self._host:
+            raise WeightSyncError(
+                f"weight sync over NCCL: vLLM's rendezvous has IPv4 only, but the learner's address is {self._host}; "
+                "use weight_sync.transport=disk, or start Ray with an IPv4 --node-ip-address on every node"
+            )
         if self._group is None and self.engine_indices:
             self._pending = self._executor.submit(self._join_nccl_group)
         first_ranks = {
