@@ -29,7 +29,7 @@ SMALL = [
     "evaluate.samples_per_prompt=2", "learner.checkpoint_every_steps=1", "tracking.wandb=off",
 ]  # fmt: skip
 OBJECTIVES = ("love", "helpfulness", "safety")
-# Forward and backward of 1,000 rows of 512 tokens take half a minute of one core; what a row contains shows nothing here.
+# Forward and backward of 1,000 rows of 512 tokens take half a minute of a core; what a row contains shows nothing here.
 DECODERS = ["reward.workers=2", *(f"objectives.{name}.replicas=1" for name in OBJECTIVES),
             *(f"reward.{name}.max_tokens=192" for name in OBJECTIVES)]  # fmt: skip
 ENCODERS = [f"reward.{name}.backbone=tiny-encoder" for name in OBJECTIVES]
