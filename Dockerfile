@@ -2,16 +2,18 @@
 #   docker build -t rluf .                                        # CPU
 #   docker build --build-arg EXTRA=gpu -t rluf:gpu .              # CUDA 13: needs NVIDIA driver R580 or later on the host
 #   docker run --rm --shm-size=4g -v rluf-runs:/runs rluf         # the quickstart, report in /runs/quickstart/latest
+#   docker run --rm --user $(id -u):$(id -g) --shm-size=4g -v $PWD/runs:/runs rluf    # files that belong to you
 ARG PYTHON_VERSION=3.11
 FROM python:${PYTHON_VERSION}-slim-bookworm
 
-# g++ and make for .ci/setup and for kernels that torch compiles at run time; git names the commit of a run; wget for
-# KubeRay's probes; libnuma and libgomp for vLLM.
+# g++ and make for .ci/setup and for kernels that torch compiles at run time; git names the commit of a checkout that is
+# mounted over /app; wget for KubeRay's probes; libnuma and libgomp for vLLM.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git libgomp1 libnuma1 make wget \
     && rm -rf /var/lib/apt/lists/*
+# Other user ids (docker run --user, OpenShift) write cache, runs and Ray's token too; each owns what it writes.
 RUN useradd --create-home --uid 1000 rluf && mkdir /app /cache /runs \
-    && chown rluf /app /cache /runs
+    && chown rluf /app /cache /runs && chmod 1777 /cache /runs /home/rluf
 USER rluf
 WORKDIR /app
 
@@ -25,7 +27,10 @@ RUN mkdir rluf actors cluster && touch rluf/__init__.py actors/__init__.py clust
 COPY --chown=rluf . .
 
 # NVIDIA's container runtime refuses to start the image on an older driver; ignored where there is no GPU.
+# HOME and USER are also those of a user id that has no name in the image.
 ENV PATH=/app/.venv/bin:$PATH \
+    HOME=/home/rluf \
+    USER=rluf \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_REQUIRE_CUDA=cuda>=13.0 \
     RAY_AUTH_MODE=token \

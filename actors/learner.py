@@ -46,7 +46,7 @@ from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.gpu_metrics import count_flops_per_token, measure_gpu
 from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
-from rluf.backends.weight_transfer import create_weight_sender
+from rluf.backends.weight_transfer import renew_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
@@ -451,8 +451,8 @@ class LearnerActor:
         logprobs = compute_response_logprobs(self.engine, batch, PROBE_TEMPERATURE)
         return [row.tolist() for row in logprobs.split([len(response) for response in responses])]
 
-    def begin_weight_sync(self, version: int) -> dict[str, Any]:
-        """Start sending the weights as `version`; rank 0 returns the argument of the engines' begin_weight_update."""
+    def begin_weight_sync(self, version: int, engine_indices: dict[str, int]) -> dict[str, Any]:
+        """Start sending `version` to engines (name to index); rank 0 returns the argument of begin_weight_update."""
         weight_sync = self.settings.weight_sync
         if weight_sync.transport == "lora":
             self._weight_buckets = ds.gather_lora_matrices(self.engine)
@@ -461,9 +461,8 @@ class LearnerActor:
         # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
         if self.rank > 0 and not self.settings.is_colocated:
             return {}
-        if self._weight_sender is None:
-            host, port = self.find_rendezvous_address()
-            self._weight_sender = create_weight_sender(self.settings, host, port)
+        sender, find_address = self._weight_sender, self.find_rendezvous_address
+        self._weight_sender = renew_weight_sender(sender, self.settings, engine_indices, find_address)
         return self._weight_sender.begin(version)
 
     def send_next_weight_bucket(self) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ def measure_shape(shape: str, host: str, port: int) -> dict[str, Any]:
     step_seconds = time_fastest(lambda: actor.train_step(groups, learner_inputs, plan, 0))
 
     def sync_weights() -> None:
-        actor.begin_weight_sync(1)
+        actor.begin_weight_sync(1, {})
         while actor.send_next_weight_bucket() is not None:
             pass
         actor.end_weight_sync()

@@ -148,9 +148,10 @@ def simulate_run(engines: int, staleness: int, lengths: list[int], *, has_stragg
 def compute_lost_share(gpu_count: int, failure_hours: float, *, stops_run: bool) -> float:
     """Share of the engine time that failures cost; 1 where the run makes no progress.
 
-    A lost engine (shm, disk or lora) is restarted while the others work: it loses its restart and half a step of
+    A lost engine (shm, disk, lora, nccl) is restarted while the others work: it loses its restart and half a step of
     repeated samples, a share that does not depend on their number. What stops the run (a learner, or an engine over
-    nccl or cuda_ipc) costs all GPUs the restart and half a checkpoint interval of CHECKPOINT_STEPS steps.
+    cuda_ipc or in a broadcast of nccl) costs all GPUs the restart and half a checkpoint interval of CHECKPOINT_STEPS
+    steps.
     """
     failure_s = failure_hours * 3600.0
     if not stops_run:

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rluf.config.derived import estimate_gpu_needs, format_bytes
+from rluf.config.derived import estimate_gpu_needs, format_bytes, plan_actor_pools
 from rluf.config.settings import Settings
 from rluf.errors import DeadlineError, ResourceError
 from rluf.utils.files import build_write_error
@@ -80,7 +80,7 @@ def check_nodes(settings: Settings, model_path: Path, runs_root: Path, cache_fol
             name = node["NodeManagerHostname"]
             check_node_report(name, report, paths, own_report.versions)
             if node["Resources"].get("GPU"):
-                check_gpus(settings, name, report)
+                check_gpus(settings, name, report, node["Labels"])
     logger.info("nodes: checked storage, model, packages and GPUs of %d node(s)", len(nodes))
 
 
@@ -152,10 +152,10 @@ def check_node_report(name: str, report: NodeReport, paths: Mapping[str, str], v
         )
 
 
-def check_gpus(settings: Settings, name: str, report: NodeReport) -> None:
+def check_gpus(settings: Settings, name: str, report: NodeReport, node_labels: Mapping[str, str]) -> None:
     """Raise ResourceError when the GPUs of node `name` or their driver cannot run the plan of `settings`.
 
-    Nothing is checked where nvidia-smi gave no answer.
+    Pools that cluster.node_labels keeps off the node do not count. Nothing is checked where nvidia-smi gave no answer.
     """
     driver_major = report.driver.partition(".")[0]
     if driver_major.isdigit() and int(driver_major) < CUDA_13_DRIVER:
@@ -166,9 +166,12 @@ def check_gpus(settings: Settings, name: str, report: NodeReport) -> None:
         logger.warning("node %s: declares GPUs, but nvidia-smi lists none; GPU memory was not checked", name)
         return
     available = min(report.gpu_bytes)
+    labels_by_pool = {pool.name: pool.node_labels for pool in plan_actor_pools(settings)}
     for pool, (needed_bytes, advice) in estimate_gpu_needs(settings).items():
-        if needed_bytes > available:
+        required_labels = labels_by_pool[pool]
+        if needed_bytes > available and required_labels.items() <= node_labels.items():
+            keep_off = "" if required_labels else ", or keep the pool to nodes with larger GPUs (cluster.node_labels)"
             raise ResourceError(
                 f"{pool} needs about {format_bytes(needed_bytes)} on each GPU, but a GPU of node {name} has "
-                f"{format_bytes(available)}; {advice}"
+                f"{format_bytes(available)}; {advice}{keep_off}"
             )

@@ -26,10 +26,13 @@ PASSIVE_OPENMP_ENV = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_
 """Idle OpenMP threads sleep at once: actors share cores, and spinning threads would slow down the others."""
 
 
-def actor_options(settings: Settings, role: str) -> dict[str, Any]:
-    """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner)."""
+def actor_options(settings: Settings, role: str, objective: str = "") -> dict[str, Any]:
+    """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner).
+
+    `objective` is that of a reward actor: judges, functions and services reserve no GPU.
+    """
     cluster = settings.cluster
-    cpus, gpus = cluster.get_role_resources(role)
+    cpus, gpus = settings.get_reward_actor_resources(objective) if objective else cluster.get_role_resources(role)
     # Labels of the other roles are in their placement groups.
     node_labels = cluster.get_role_labels(role) if role == "reward" else {}
     return {
@@ -39,7 +42,7 @@ def actor_options(settings: Settings, role: str) -> dict[str, Any]:
         # Ray must not restart actors itself: a new engine needs the current weights first (train/fault_tolerance.py).
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": actor_environment(settings, role)},
+        "runtime_env": {"env_vars": actor_environment(settings, role) | build_device_environment(gpus)},
     }
 
 
@@ -143,7 +146,10 @@ def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, t
     if with_learners and settings.is_colocated:
         # Rank i and engine i in one bundle get shares of the same GPU, so that the engine can map the rank's memory.
         return {SHARED_GROUP_NAME: ([role_bundle("rollout", "learner")] * engine_count, "PACK")}
-    bundles = {_engine_group_name(i): ([role_bundle("rollout")], "STRICT_PACK") for i in range(engine_count)}
+    # Alone, a colocated engine still gets a GPU of its own: Ray would place two shares on one GPU, whose memory each
+    # engine takes up to rollout.gpu_memory_share.
+    engine_bundle = role_bundle("rollout", "learner") if settings.is_colocated else role_bundle("rollout")
+    bundles = {_engine_group_name(i): ([engine_bundle], "STRICT_PACK") for i in range(engine_count)}
     if with_learners:
         bundles[LEARNERS_GROUP_NAME] = ([role_bundle("learner")] * settings.learner.workers, "PACK")
     return bundles

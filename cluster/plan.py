@@ -53,7 +53,7 @@ class ResourcePlan:
     @property
     def gpu_count(self) -> float:
         """GPUs of the larger of the two phases."""
-        return max(_total(pools, "GPU") for pools in (self.training_pools, self.reward_training_pools))
+        return max(_count_gpus(pools) for pools in (self.training_pools, self.reward_training_pools))
 
     @property
     def bundles(self) -> tuple[dict[str, float], ...]:
@@ -109,6 +109,35 @@ def _pool_bundle(pool: ActorPoolPlan) -> dict[str, float]:
 
 def _total(pools: Sequence[ActorPoolPlan], resource_kind: str) -> float:
     return sum(pool.actor_count * _pool_bundle(pool).get(resource_kind, 0.0) for pool in pools)
+
+
+def _count_gpus(pools: Sequence[ActorPoolPlan]) -> float:
+    """GPUs that the actors of `pools` need at once."""
+    sharing = [pool for pool in pools if pool.role == "reward" and 0 < pool.gpus_per_actor < 1]
+    total = _total([pool for pool in pools if pool not in sharing], "GPU")
+    if sharing:
+        # Reward actors share GPUs with each other only, and a share lies on one GPU: 3 of 0.6 need 3 GPUs.
+        places = _shares_per_gpu(sharing[0].gpus_per_actor)
+        total += math.ceil(sum(pool.actor_count for pool in sharing) / places)
+    return total
+
+
+def _shares_per_gpu(share: float) -> int:
+    return math.floor(1 / share + RESOURCE_TOLERANCE)
+
+
+def _count_places(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    """How many of `bundle` a node has room for."""
+    places = []
+    for kind, amount in bundle.items():
+        available = node.get(kind, 0.0)
+        if kind == "GPU" and amount < 1:
+            whole_gpus = math.floor(available + RESOURCE_TOLERANCE)
+            rest = max(0.0, available - whole_gpus)
+            places.append(whole_gpus * _shares_per_gpu(amount) + math.floor(rest / amount + RESOURCE_TOLERANCE))
+        else:
+            places.append(math.floor(available / amount + RESOURCE_TOLERANCE))
+    return min(places)
 
 
 def format_plan(resource_plan: ResourcePlan, *, use_rich: bool) -> str:
@@ -214,10 +243,7 @@ def _check_pool_fits(pool: ActorPoolPlan, pools: Sequence[ActorPoolPlan], nodes:
             raise ResourceError(
                 f"{names} need {needed:g} {kind}s on nodes {label_text}, which have {available:g}; {advice}"
             )
-    slot_count = sum(
-        min(math.floor(node.get(kind, 0.0) / amount + RESOURCE_TOLERANCE) for kind, amount in bundle.items())
-        for node in suited
-    )
+    slot_count = sum(_count_places(bundle, node) for node in suited)
     if slot_count < pool.actor_count:
         request = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
         raise ResourceError(

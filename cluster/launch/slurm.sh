@@ -41,26 +41,41 @@ fi
 [ -s "$RAY_AUTH_TOKEN_PATH" ] && [ -r "$RAY_AUTH_TOKEN_PATH" ] ||
   fail "$RAY_AUTH_TOKEN_PATH has no token that you can read: delete it, or set RAY_AUTH_TOKEN_PATH to a file of yours"
 
-# srun does not inherit the CPUs from sbatch: Ray would run on one core. It does inherit --export=NONE, which would hide
-# the token, and --gpus, the total over all nodes.
-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}"
-export SRUN_CPUS_PER_TASK="$cpus"
+# srun inherits --export=NONE, which would hide the token, and --gpus, the total over all nodes.
 unset SLURM_EXPORT_ENV SLURM_GPUS
-hostnames="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-mapfile -t hosts <<< "$hostnames"
+# The nodes of the job; those of every component where it is heterogeneous (sbatch ... : ...). A node of two components
+# gets one Ray.
+hosts=() groups=() cpus=()
+for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
+  nodelist="SLURM_JOB_NODELIST_HET_GROUP_$group" group_cpus="SLURM_CPUS_PER_TASK_HET_GROUP_$group"
+  hostnames="$(scontrol show hostnames "${!nodelist:-$SLURM_JOB_NODELIST}")"
+  while read -r host; do
+    [[ " ${hosts[*]-} " == *" $host "* ]] && continue
+    hosts+=("$host") groups+=("$group") cpus+=("${!group_cpus:-${SLURM_CPUS_PER_TASK:-$(nproc)}}")
+  done <<< "$hostnames"
+done
 head="${hosts[0]}"
-on_node() { srun --nodes=1 --ntasks=1 --nodelist="$@"; }
+# Run a command on a node by its position. srun does not inherit the CPUs from sbatch: Ray would run on one core.
+on_node() {
+  local position=$1 component=()
+  shift
+  [ "${SLURM_HET_SIZE:-1}" -eq 1 ] || component=("--het-group=${groups[position]}")
+  SRUN_CPUS_PER_TASK="${cpus[position]}" srun --nodes=1 --ntasks=1 "${component[@]}" \
+    --nodelist="${hosts[position]}" "$@"
+}
 # The address of the interface with the default route: a host name often resolves to 127.0.1.1 on the host itself.
-ip="$(on_node "$head" ip -4 -o route get 192.0.2.1 | grep -oP 'src \K\S+' || on_node "$head" hostname -I)"
-ip="${ip%% *}"
-[ -n "$ip" ] || fail "node $head has no address that other nodes could reach"
+addresses="$(on_node 0 ip -4 -o route get 192.0.2.1 | grep -oP 'src \K\S+' || on_node 0 hostname -I)"
+# IPv4 where there is one: NCCL's rendezvous in vLLM has no other.
+ip="$(tr ' ' '\n' <<< "$addresses" | grep -m1 -F . || tr ' ' '\n' <<< "$addresses" | grep -m1 -F :)" ||
+  fail "node $head has no address that other nodes could reach"
 # Ports of this job, since other jobs may run on these nodes: below those that Linux gives to connections.
 port=$((20000 + ${SLURM_JOB_ID:-0} % 4000 * 3))
 address="$ip:$port"
-on_node "$head" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
+[[ "$ip" != *:* ]] || address="[$ip]:$port"
+on_node 0 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
 
 # Ray counts the GPUs of each node itself.
-on_node "$head" ray start --head --block --node-ip-address="$ip" --port="$port" --num-cpus="$cpus" \
+on_node 0 ray start --head --block --node-ip-address="$ip" --port="$port" --num-cpus="${cpus[0]}" \
   --ray-client-server-port="$((port + 1))" --dashboard-host=127.0.0.1 --dashboard-port="$((port + 2))" &
 ray_head=$!
 until RAY_ADDRESS="$address" ray status > /dev/null 2>&1; do
@@ -69,8 +84,8 @@ until RAY_ADDRESS="$address" ray status > /dev/null 2>&1; do
   sleep 2
 done
 echo "slurm.sh: Ray's head is $head ($address), its dashboard http://127.0.0.1:$((port + 2)) there"
-for host in "${hosts[@]:1}"; do
-  on_node "$host" ray start --block --address="$address" --num-cpus="$cpus" &
+for ((position = 1; position < ${#hosts[@]}; position++)); do
+  on_node "$position" ray start --block --address="$address" --num-cpus="${cpus[position]}" &
 done
 
 # The run waits for the other nodes (timeouts.autoscale_s). Slurm sends TERM five minutes before the end or on

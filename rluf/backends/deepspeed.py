@@ -55,7 +55,7 @@ def claim_port(host: str) -> socket.socket:
     Stores of torch and vLLM can listen on the port in the meantime: on Linux, sockets with SO_REUSEADDR share an
     address of which at most one listens.
     """
-    reservation = socket.socket()
+    reservation = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reservation.bind((host, 0))
     return reservation
@@ -76,7 +76,7 @@ def join_process_group(
     try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{host}:{port}",
+            init_method=f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),

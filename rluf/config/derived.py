@@ -188,7 +188,8 @@ def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
             )
             memory = {"weights": 4 * parameters}  # float32, as on CPUs
         pool = _plan_pool(settings, "reward", f"{name} reward", objective.replicas, memory)
-        pools.append(pool if objective.source == "model" else replace(pool, gpus_per_actor=0.0))
+        cpus, gpus = settings.get_reward_actor_resources(name)
+        pools.append(replace(pool, cpus_per_actor=cpus, gpus_per_actor=gpus))
     trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
     if trained:
         pools.append(_plan_reward_training(settings, trained))

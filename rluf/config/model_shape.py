@@ -26,7 +26,7 @@ class ModelShape:
     layer_count: int
     hidden_size: int
     kv_width: int
-    """Key-value heads times head size: the KV cache holds two such vectors per token and layer."""
+    """Half the values of the KV cache per token and layer: key-value heads times head size, where there are heads."""
     vocabulary_size: int
     note: str = ""
 
@@ -43,16 +43,29 @@ HUB_MODEL_SHAPES: Mapping[str, ModelShape] = {
     "qwen2.5-1.5b": ModelShape(1_543_714_304, 28, 1536, 256, 151_936),
     "qwen2.5-3b": ModelShape(3_085_938_688, 36, 2048, 256, 151_936),
     "qwen2.5-7b": ModelShape(7_615_616_512, 28, 3584, 512, 152_064),
+    "qwen3-0.6b": ModelShape(596_049_920, 28, 1024, 1024, 151_936),
+    "qwen3-1.7b": ModelShape(1_720_574_976, 28, 2048, 1024, 151_936),
+    "qwen3-4b": ModelShape(4_022_468_096, 36, 2560, 1024, 151_936),
+    "qwen3-8b": ModelShape(8_190_735_360, 36, 4096, 1024, 151_936),
+    "qwen3-14b": ModelShape(14_768_307_200, 40, 5120, 1024, 151_936),
+    "qwen3-32b": ModelShape(32_762_123_264, 64, 5120, 1024, 151_936),
     "llama-3.2-1b": ModelShape(1_235_814_400, 16, 2048, 512, 128_256),
     "llama-3.2-3b": ModelShape(3_212_749_824, 28, 3072, 1024, 128_256),
     "llama-3.1-8b": ModelShape(8_030_261_248, 32, 4096, 1024, 128_256),
     "llama-3.1-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
     "llama-3.3-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
 }
-"""Models on the hub by repository name without owner and -Instruct, from their config.json."""
+"""Models on the hub by repository name without owner and variant, from their config.json."""
+VARIANT_PATTERN = re.compile(r"-(instruct|base|thinking)(-\d{4})?$")
+"""End of a repository's name that does not change the sizes, as in Qwen3-4B-Instruct-2507."""
 
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+UNGATED_MODEL_TYPES = frozenset(
+    ("bert", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron", "opt", "phi",
+     "roberta", "starcoder2", "xlm-roberta")
+)  # fmt: skip
+"""Families whose feed-forward part has two matrices; the others have three, one of them a gate."""
 
 
 def estimate_model_shape(model_path: str) -> ModelShape:
@@ -65,7 +78,7 @@ def estimate_model_shape(model_path: str) -> ModelShape:
     folder = Path(model_path).expanduser()
     if not folder.exists() and "/" in model_path:
         cached_folder = _find_cached_snapshot(model_path)
-        hub_name = model_path.rpartition("/")[2].lower().removeprefix("meta-").removesuffix("-instruct")
+        hub_name = VARIANT_PATTERN.sub("", model_path.rpartition("/")[2].lower().removeprefix("meta-"))
         if cached_folder is None and hub_name in HUB_MODEL_SHAPES:
             return HUB_MODEL_SHAPES[hub_name]
         folder = cached_folder or folder
@@ -81,8 +94,9 @@ def estimate_model_shape(model_path: str) -> ModelShape:
 def _find_cached_snapshot(hub_id: str) -> Path | None:
     """The newest downloaded snapshot of a hub id that has a config.json; None if there is none."""
     # As huggingface_hub finds it, which is not imported: a dry run starts without it.
-    hf_home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{hf_home}/hub").expanduser()
+    hf_home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    named_cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = Path(named_cache or f"{hf_home}/hub").expanduser()
     snapshots = (cache / f"models--{hub_id.replace('/', '--')}" / "snapshots").glob("*/config.json")
     return max((file.parent for file in snapshots), key=lambda folder: folder.stat().st_mtime, default=None)
 
@@ -113,28 +127,88 @@ def guess_shape_from_name(model_name: str) -> ModelShape:
 
 def _read_shape_from_folder(folder: Path) -> ModelShape:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config")
     config = config.get("text_config", config)  # vision-language models nest the decoder's config
-
-    def read_size(*names: str) -> int:
-        return next(int(config[name]) for name in names if config.get(name))
-
-    hidden_size = read_size("hidden_size", "n_embd", "d_model")
-    layers, heads = read_size(*LAYER_COUNT_KEYS), read_size("num_attention_heads", "n_head", "n_heads")
+    hidden_size = _read_size(config, "hidden_size", "n_embd", "d_model")
+    layers, heads = (
+        _read_size(config, *LAYER_COUNT_KEYS),
+        _read_size(config, "num_attention_heads", "n_head", "n_heads"),
+    )
     head_size = int(config.get("head_dim") or hidden_size // heads)
-    kv_heads = 1 if config.get("multi_query") else int(config.get("num_key_value_heads") or heads)
-    shape = ModelShape(0, layers, hidden_size, kv_heads * head_size, int(config["vocab_size"]))
-    parameter_count = sum(_count_safetensors_parameters(file) for file in folder.glob("*.safetensors"))
-    if parameter_count:
-        return replace(shape, parameter_count=parameter_count)
-    # Without weights: attention with grouped key-value heads, a gated MLP (three matrices) and two norms per layer.
-    intermediate_size = int(config.get("intermediate_size") or 4 * hidden_size)
-    attention = 2 * hidden_size * heads * head_size + 2 * hidden_size * shape.kv_width
+    vocabulary_size = _read_size(config, "vocab_size", "padded_vocab_size")
+    if config.get("kv_lora_rank"):
+        # Multi-head latent attention caches one compressed vector per token for keys and values of all heads.
+        kv_width = math.ceil((int(config["kv_lora_rank"]) + int(config.get("qk_rope_head_dim") or 0)) / 2)
+    else:
+        kv_width = _count_kv_heads(config, heads) * head_size
+    shape = ModelShape(0, layers, hidden_size, kv_width, vocabulary_size)
+    # Elements of packed weights (int4 in int32) are not parameters.
+    files = [] if quantization else list_weight_files(folder)
+    if files and all(file.is_file() for file in files):
+        return replace(shape, parameter_count=sum(_count_safetensors_parameters(file) for file in files))
+    embedding = vocabulary_size * hidden_size * (1 if config.get("tie_word_embeddings", True) else 2)
+    blocks = layers * (_count_attention_parameters(config, shape, heads, head_size) + 2 * hidden_size)
+    total = embedding + blocks + _count_feed_forward_parameters(config, shape) + hidden_size
+    reason = "its weights are quantized" if quantization else "not all of its safetensors are there"
+    return replace(shape, parameter_count=total, note=f"computed from config.json, as {reason}")
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """Safetensors files that transformers loads from a folder: those of its index, present or not, else all."""
+    # Some repositories ship the same weights a second time (consolidated.safetensors), which must not count twice.
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({folder / str(name) for name in names})
+    single_file = folder / "model.safetensors"
+    return [single_file] if single_file.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _read_size(config: Mapping[str, Any], *names: str) -> int:
+    """The first size that the config has among `names`. Raises StopIteration if it has none."""
+    return next(int(config[name]) for name in names if config.get(name))
+
+
+def _count_kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    # Falcon's newer models keep multi_query=true, which then has no effect.
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    attention = config.get("attn_config") or {}
+    names = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+    return int(next((config[n] for n in names if config.get(n)), 0) or attention.get("kv_n_heads") or heads)
+
+
+def _count_attention_parameters(config: Mapping[str, Any], shape: ModelShape, heads: int, head_size: int) -> int:
+    """Weights of one layer's attention without biases."""
+    hidden = shape.hidden_size
+    if not config.get("kv_lora_rank"):
+        return 2 * hidden * heads * head_size + 2 * hidden * shape.kv_width
+    kv_rank, rope = int(config["kv_lora_rank"]), int(config.get("qk_rope_head_dim") or 0)
+    key, value = int(config.get("qk_nope_head_dim") or head_size), int(config.get("v_head_dim") or head_size)
+    query_rank = int(config.get("q_lora_rank") or 0)
+    queries = query_rank * (hidden + heads * (key + rope)) if query_rank else hidden * heads * (key + rope)
+    return queries + hidden * (kv_rank + rope) + kv_rank * heads * (key + value) + heads * value * hidden
+
+
+def _count_feed_forward_parameters(config: Mapping[str, Any], shape: ModelShape) -> int:
+    """Weights of all layers' feed-forward parts: dense layers, experts with their routers, and shared experts."""
+    hidden, layers = shape.hidden_size, shape.layer_count
+    default_size = int(config.get("expansion_ratio") or 4) * hidden
+    names = ("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+    dense_size = int(next((config[name] for name in names if config.get(name)), default_size))
+    matrices = 2 if config.get("model_type") in UNGATED_MODEL_TYPES else 3
     experts = max(int(config.get(name) or 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if experts:
-        intermediate_size = experts * int(config.get("moe_intermediate_size") or intermediate_size)
-    embedding = shape.vocabulary_size * hidden_size * (1 if config.get("tie_word_embeddings", True) else 2)
-    total = embedding + layers * (attention + 3 * hidden_size * intermediate_size + 2 * hidden_size) + hidden_size
-    return replace(shape, parameter_count=total, note="computed from config.json, as there are no safetensors")
+    if not experts:
+        return layers * matrices * hidden * dense_size
+    expert_size = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or dense_size)
+    shared_size = int(config.get("n_shared_experts") or 0) * expert_size
+    shared_size = int(config.get("shared_expert_intermediate_size") or shared_size)
+    dense_layers = int(config.get("first_k_dense_replace") or 0)
+    dense_layers += (layers - dense_layers) - (layers - dense_layers) // int(
+        config.get("interleave_moe_layer_step") or 1
+    )
+    expert_layer = matrices * hidden * (experts * expert_size + shared_size) + hidden * experts
+    return dense_layers * matrices * hidden * dense_size + (layers - dense_layers) * expert_layer
 
 
 def _count_safetensors_parameters(file: Path) -> int:

@@ -278,6 +278,16 @@ def check_gpu_shares(settings: SettingsTree) -> str | None:
             f"cluster.gpus_per_engine={gpus_per_engine:g}: an engine shares one GPU or spans whole ones; set "
             f"cluster.gpus_per_engine={math.ceil(gpus_per_engine)}"
         )
+    engines_per_gpu = (
+        min(settings.rollout.engines, math.floor(1 / gpus_per_engine + 1e-9)) if gpus_per_engine > 0 else 0
+    )
+    share = settings.rollout.gpu_memory_share
+    if engines_per_gpu * share > 1 and not settings.is_colocated:
+        return (
+            f"cluster.gpus_per_engine={gpus_per_engine:g} places {engines_per_gpu} engines on one GPU, each of which "
+            f"takes rollout.gpu_memory_share={share:g} of its memory; set rollout.gpu_memory_share="
+            f"{math.floor(100 / engines_per_gpu) / 100:g} or less, or cluster.gpus_per_engine=1"
+        )
     if settings.cluster.gpus_per_learner not in (0, 1) and settings.weight_sync.transport != "cuda_ipc":
         return (
             f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a learner runs on one GPU (1) or on the "
@@ -329,6 +339,12 @@ def check_colocation(settings: SettingsTree) -> str | None:
             "weight_sync.transport=cuda_ipc lets an engine and a learner share one GPU, but cluster.gpus_per_engine="
             f"{gpu_shares[0]:g} and cluster.gpus_per_learner={gpu_shares[1]:g}; set both to 0.5 on GPUs, or "
             "weight_sync.transport=shm on CPUs"
+        )
+    if workers > 1 and sum(gpu_shares) <= 0.5:
+        return (
+            "weight_sync.transport=cuda_ipc places one learner and one engine on each GPU, but "
+            f"cluster.gpus_per_engine={gpu_shares[0]:g} and cluster.gpus_per_learner={gpu_shares[1]:g} leave room for "
+            "two of each, and NCCL refuses two ranks on one GPU; set both to 0.5"
         )
     if workers != engines:
         return (

@@ -15,7 +15,14 @@ from rluf.config.policy import (
     WeightSyncSettings,
 )
 from rluf.config.reward import AggregationSettings, ObjectivesSettings, RewardSettings
-from rluf.config.run import ClusterSettings, EvaluateSettings, RunSettings, TimeoutSettings, TrackingSettings
+from rluf.config.run import (
+    MIN_CPUS_BY_ROLE,
+    ClusterSettings,
+    EvaluateSettings,
+    RunSettings,
+    TimeoutSettings,
+    TrackingSettings,
+)
 from rluf.config.serve import ServeSettings
 
 
@@ -77,6 +84,12 @@ class SettingsTree(SettingsSection):
     def is_colocated(self) -> bool:
         """Whether engines and learners share the same GPUs."""
         return self.weight_sync.transport == "cuda_ipc"
+
+    def get_reward_actor_resources(self, objective: str) -> tuple[float, float]:
+        """Ray CPUs and GPUs of one reward actor of `objective`; only an actor with a model in it has a GPU."""
+        if self.objectives.by_objective[objective].source == "model":
+            return self.cluster.get_role_resources("reward")
+        return MIN_CPUS_BY_ROLE["reward"], 0.0
 
     @property
     def policy_gpus(self) -> float:

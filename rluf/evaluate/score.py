@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rluf.config.cli import CommandParser, run_command
 from rluf.errors import ActorError, DataError, ModelError
+from rluf.utils.devices import build_device_environment
 
 if TYPE_CHECKING:
     from rluf.reward.model import RewardModel
@@ -217,6 +218,7 @@ def _score_with_actors(
             # With GPUs a GPU is the limit; a CPU request on top could leave a GPU idle on a node with few CPUs.
             num_cpus=1 if not gpu_count else 0,
             num_gpus=1 if gpu_count else 0,
+            **({"runtime_env": {"env_vars": build_device_environment(1)}} if gpu_count else {}),
         )
         try:
             # closing() stops the pool when the consumer stops early, after an error in a part for example.

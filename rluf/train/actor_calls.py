@@ -63,6 +63,8 @@ class ActorGroups:
     """Phase of the GPUs that engines and learners share; constant where each has GPUs of its own."""
     phase_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Acquired for each change of the phase."""
+    in_collective_sync: bool = False
+    """Whether a weight sync is under way, or has failed, in which each process waits for all others (NCCL)."""
 
     @property
     def all_actors(self) -> list[ActorRef]:

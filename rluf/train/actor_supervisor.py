@@ -97,7 +97,7 @@ class ActorSupervisor:
         name_parts = ("rluf", objective, role, str(index), str(restarts or ""))
         options = {
             "name": "-".join(name for name in name_parts if name),
-            **actor_options(self.settings, role),
+            **actor_options(self.settings, role, objective),
             **(self._placement_groups.scheduling_options(role, index) if self._placement_groups else {}),
         }
         arguments: tuple[object, ...]

@@ -77,16 +77,16 @@ class ActorRestarter:
         gets its weights."""
         self.restart_seconds: list[float] = []
         self._supervisor, self._budget, self._sync_engine = supervisor, budget, sync_engine
-        # An NCCL group takes no new members; on a shared GPU the learner occupies the memory a new engine needs.
-        self._engines_fixed = supervisor.settings.weight_sync.transport in ("nccl", "cuda_ipc")
+        # On a shared GPU the learner occupies the memory that a new engine needs.
+        self._engines_fixed = supervisor.settings.weight_sync.transport == "cuda_ipc"
         self._restart_tasks: dict[str, asyncio.Task[None]] = {}
         supervisor.on_loss = self.handle_loss
 
     def handle_loss(self, error: ActorLostError, prompt_id: str = "") -> None:
         """Start a replacement for the actor that `error` names, unless one is under way already.
 
-        Raises the error again for a learner, or an engine whose group takes no new members; ActorError when the
-        actor's restart budget is spent.
+        Raises the error again for a learner, and for an engine that cannot be replaced alone: one that shares its GPU
+        with a learner, or that others wait for in a broadcast. ActorError when the actor's restart budget is spent.
         """
         actor_groups = self._supervisor.actor_groups
         actor_name = error.actor_name.partition(",")[0]
@@ -98,7 +98,8 @@ class ActorRestarter:
             # does not hit the replacement either.
             return
         is_engine = lost_actor in actor_groups.rollout_actors
-        if lost_actor in actor_groups.learner_actors or (is_engine and self._engines_fixed):
+        engines_fixed = self._engines_fixed or actor_groups.in_collective_sync
+        if lost_actor in actor_groups.learner_actors or (is_engine and engines_fixed):
             raise error
         self._budget.record_failure(actor_name, str(error), time.monotonic())
         actor_groups.get_pool(lost_actor).remove(lost_actor)

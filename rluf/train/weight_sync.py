@@ -113,14 +113,18 @@ class WeightSync:
     async def transfer(self, version: int) -> None:
         """Send the weights in vLLM's four phases, without the check."""
         self._version = version
+        # Without a member, the others wait in NCCL's broadcast until timeouts.call_s: the loss must end the attempt.
+        self._actor_groups.in_collective_sync = self._is_collective
         await switch_gpu_phase(self._settings, self._actor_groups, "sync")
         # Rank 0's replies describe the transfer and each bucket; the other ranks only take part in gathering.
-        transfer_info = await self._call_learners("begin_weight_sync", version)
+        engine_indices = {str(engine): engine.index for engine in self._actor_groups.rollout_actors}
+        transfer_info = await self._call_learners("begin_weight_sync", version, engine_indices)
         await self._call_engines("begin_weight_update", transfer_info[0])
         while (buckets := await self._call_learners("send_next_weight_bucket"))[0] is not None:
             await self._call_engines("load_weight_bucket", buckets[0])
         await self._call_engines("finish_weight_update", version)
         await self._call_learners("end_weight_sync")
+        self._actor_groups.in_collective_sync = False
 
     async def sync_new_engine(self, engine: ActorRef, version: int, *, needs_weights: bool) -> None:
         """Bring a restarted engine to the learners' weights, which are `version`, if it `needs_weights`; verify it."""
@@ -219,12 +223,18 @@ class WeightSync:
         calls = (self._call_engines("probe_logprobs", prompt_ids, response) for response in responses)
         return list(await asyncio.gather(*calls))
 
+    @property
+    def _is_collective(self) -> bool:
+        return self._settings.weight_sync.transport == "nccl"
+
     async def _call_learners(self, method: str, *args: object) -> list[Any]:
         return await self._call_actors(self._actor_groups.learner_actors, method, *args)
 
     async def _call_engines(self, method: str, *args: object) -> list[Any]:
-        # Wait for every engine before a loss is raised: no call may be outstanding when phase 1 begins again.
-        return await self._call_actors(self._actor_groups.rollout_actors, method, *args, wait_for_all=True)
+        # Wait for every engine before a loss is raised: no call may be outstanding when phase 1 begins again. In a
+        # broadcast there is no beginning again, and the other engines may wait for the lost one forever.
+        wait_for_all = not self._actor_groups.in_collective_sync
+        return await self._call_actors(self._actor_groups.rollout_actors, method, *args, wait_for_all=wait_for_all)
 
     async def _call_actors(
         self, actors: list[ActorRef], method: str, *args: object, wait_for_all: bool = False

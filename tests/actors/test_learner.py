@@ -262,7 +262,7 @@ def check_synced_weights(ranks: Sequence[Any], policy_path: Path) -> None:
     """Another process reads the saved weights from shared memory, the tied head included."""
     from transformers import AutoModelForCausalLM
 
-    transfer_info = ray.get([rank.begin_weight_sync.remote(3) for rank in ranks])
+    transfer_info = ray.get([rank.begin_weight_sync.remote(3, {"rollout 0": 0}) for rank in ranks])
     assert transfer_info[0]["weight_version"] == 3
     received: dict[str, torch.Tensor] = {}
     while (buckets := ray.get([rank.send_next_weight_bucket.remote() for rank in ranks]))[0] is not None:

@@ -14,6 +14,15 @@ from rluf.backends.deepspeed import RANK_ENVIRONMENT_KEYS, claim_port, join_proc
 from rluf.errors import ResourceError
 
 
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as listener:
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
 def find_free_port() -> int:
     with claim_port("127.0.0.1") as reservation:
         return int(reservation.getsockname()[1])
@@ -31,6 +40,14 @@ def test_a_reserved_port_goes_to_no_other_process_until_its_rank_listens_there()
     join_process_group(rank=0, world_size=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
     leave_process_group()
     reservation.close()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ranks_meet_at_an_ipv6_address() -> None:
+    with claim_port("::1") as reservation:
+        port = int(reservation.getsockname()[1])
+        join_process_group(rank=0, world_size=1, host="::1", port=port, device=torch.device("cpu"), timeout_s=30)
+    leave_process_group()
 
 
 def test_leaving_a_group_removes_the_environment_of_a_rank() -> None:

@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_resource_error(small_disk: Callable[[int], Path]) -> N
 @pytest.mark.parametrize("transport", ["shm", "disk"])
 def test_a_receiver_loads_what_its_sender_sends(transport: str, tmp_path: Path) -> None:
     settings = load_settings(None, [f"weight_sync.transport={transport}", f"run.cache={tmp_path}"]).settings
-    sender: WeightSender = create_weight_sender(settings, "", 0)
+    sender: WeightSender = create_weight_sender(settings, "", 0, {"rollout 0": 0})
     receiver: WeightReceiver = create_weight_receiver(transport, torch.device("cpu"), None)
     receiver.begin(sender.begin(1))
     bucket_info = sender.send_bucket(BUCKET)

@@ -76,6 +76,11 @@ def test_the_image_is_the_one_that_the_launch_files_expect() -> None:
     environment = dict(shlex.split(part)[0].split("=", 1) for part in values["ENV"].split() if "=" in part)
     assert environment["PATH"].startswith(f"{values['WORKDIR']}/.venv/bin:")
     assert environment["RAY_AUTH_MODE"] == "token"
+    # A user id without a name would have the home folder /, and Python's getpass would find no name.
+    (create_user,) = (value for name, value in read_instructions() if name == "RUN" and "useradd" in value)
+    writable = shlex.split(create_user.partition("chmod 1777 ")[2])
+    assert {environment[name] for name in ("HOME", "RLUF_RUNS", "RLUF_CACHE")} == {*writable}
+    assert environment["USER"] == Path(environment["HOME"]).name
     assert json.loads(values["CMD"])[:2] == ["python", "-m"]
     user = next(value for name, value in read_instructions() if name == "RUN" and "useradd" in value)
     for name in ("raycluster.yaml", "rayjob.yaml"):

@@ -340,7 +340,7 @@ def test_slurm_script_runs_from_a_fresh_checkout_and_an_empty_home(tmp_path: Pat
     assert starts.keys() == {"n1", "n2", "n3"}
     assert {"--head", "--node-ip-address=10.0.0.7", "--port=20021", "--num-cpus=64"} <= {*starts["n1"]}
     assert all({"--address=10.0.0.7:20021", "--num-cpus=64"} <= {*starts[node]} for node in ("n2", "n3"))
-    ray_calls = [call for call in calls if call.startswith("ray ")]
+    ray_calls = [call for call in calls if call.startswith("ray ") and ": start" in call]
     assert all(f"cpus=64 mode=token hf={tmp_path}/cache/hf home={tmp_path}/home:" in call for call in ray_calls)
     run_call = f"python 10.0.0.7:20021 runs={tmp_path}/runs home={tmp_path}/home: -m rluf.train"
     assert f"{run_call} --config configs/llama3-70b-64gpu.yaml --resume" in calls
@@ -363,6 +363,15 @@ def shell(*lines: str) -> str:
     return "\n".join(("#!/usr/bin/env bash", *lines, ""))
 
 
+HET_HOSTNAMES = shell(
+    'case $3 in cpu-head) echo cpu-head ;; "gpu-[1-2]") printf "gpu-1\\ngpu-2\\n" ;; *) exit 1 ;; esac'
+)
+HET_JOB = {
+    "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST": "cpu-head", "SLURM_JOB_NODELIST_HET_GROUP_0": "cpu-head",
+    "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu-[1-2]", "SLURM_CPUS_PER_TASK": None,
+    "SLURM_CPUS_PER_TASK_HET_GROUP_0": "16", "SLURM_CPUS_PER_TASK_HET_GROUP_1": "96",
+}  # fmt: skip
+"""A head without GPUs and two nodes with GPUs, as sbatch gives them to the script."""
 NO_ROUTE = shell('echo "RTNETLINK answers: Network is unreachable" >&2', "exit 2")
 
 
@@ -384,12 +393,21 @@ NO_ROUTE = shell('echo "RTNETLINK answers: Network is unreachable" >&2', "exit 2
         ({}, {"SLURM_JOB_ID": "4008"}, None, ["--port=20024", "client-server-port=20025", "--dashboard-port=20026"]),
         ({}, {"SLURM_JOB_ID": "67043999"}, None, ["--port=31997", "--dashboard-port=31999"]),
         ({}, {"SLURM_JOB_ID": None}, None, ["--port=20000"]),
+        ({"scontrol": HET_HOSTNAMES}, HET_JOB, ["cpu-head", "gpu-1", "gpu-2"],
+         ["ray cpu-head cpus=16", "ray gpu-1 cpus=96", "ray gpu-2 cpus=96", "--het-group=0 --nodelist=cpu-head",
+          "--het-group=1 --nodelist=gpu-2", "--num-cpus=96"]),
+        ({"scontrol": HET_HOSTNAMES}, {**HET_JOB, "SLURM_JOB_NODELIST_HET_GROUP_0": "gpu-[1-2]"}, ["gpu-1", "gpu-2"],
+         ["ray gpu-1 cpus=16"]),
+        ({"ip": NO_ROUTE, "hostname": shell('[ "$1" = -I ] && echo "fd00::7 2001:db8::7 "')}, {}, None,
+         ["--node-ip-address=fd00::7 --port=20021", "--address=[fd00::7]:20021", "python [fd00::7]:20021"]),
+        ({"ip": NO_ROUTE, "hostname": shell('[ "$1" = -I ] && echo "fd00::7 10.1.2.3 172.17.0.1 "')}, {}, None,
+         ["--node-ip-address=10.1.2.3", "python 10.1.2.3:20021"]),
         ({}, {"RLUF_RUNS": "out/runs", "RLUF_CACHE": "../c", "RAY_AUTH_TOKEN_PATH": "out/token"}, None,
          ["runs={folder}/out/runs home", "hf={folder.parent}/c/hf"]),
     ],
     ids=["one node", "names with brackets", "no default route", "InfiniBand", "no HOME", "HOME not writable",
          "--export=NONE", "--gpus", "other GPUs per node", "no CPUs per task", "next job", "large job id", "no job id",
-         "relative paths"],
+         "heterogeneous job", "one node in two components", "IPv6 only", "IPv6 and IPv4", "relative paths"],
 )  # fmt: skip
 def test_slurm_script_runs_in_other_allocations(
     tmp_path: Path, stand_ins: dict[str, str], variables: dict[str, str | None], nodes: list[str] | None,
@@ -453,7 +471,7 @@ def test_ray_accepts_the_options_of_the_slurm_script() -> None:
     commands = [line.partition("ray start ")[2].rstrip(" &") for line in script.splitlines() if " ray start " in line]
     assert len(commands) == 2
     for command in commands:
-        words = shlex.split(re.sub(r"\$\(\(.*?\)\)|\$cpus|\$port", "1", command))
+        words = shlex.split(re.sub(r"\$\(\(.*?\)\)|\$\{cpus\[\w+\]\}|\$port", "1", command))
         start.make_context("start", words)
 
 

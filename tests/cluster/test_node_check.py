@@ -71,20 +71,47 @@ def test_plans_that_do_not_fit_the_gpus_are_refused(
     settings = load_config(config, *overrides)
     report = NodeReport((), {}, "580.65.06", (int(gib * 2**30),) * 8)
     if not refused:
-        check_gpus(settings, "n", report)
+        check_gpus(settings, "n", report, {})
         return
     with pytest.raises(ResourceError, match=rf"{refused} about .* GiB on each GPU, but a GPU of node n has"):
-        check_gpus(settings, "n", report)
+        check_gpus(settings, "n", report, {})
 
 
 @pytest.mark.parametrize(("driver", "is_old"), [("570.86.15", True), ("535.104.05", True), ("580.65.06", False)])
 def test_an_old_driver_is_named(driver: str, is_old: bool) -> None:
     report = NodeReport((), {}, driver, (80 << 30,))
     if not is_old:
-        check_gpus(load_config("qwen-0.5b-1gpu.yaml"), "n", report)
+        check_gpus(load_config("qwen-0.5b-1gpu.yaml"), "n", report, {})
         return
     with pytest.raises(ResourceError, match=rf"NVIDIA driver {driver}; CUDA 13 needs 580"):
-        check_gpus(load_config("qwen-0.5b-1gpu.yaml"), "n", report)
+        check_gpus(load_config("qwen-0.5b-1gpu.yaml"), "n", report, {})
+
+
+LABELED_POOLS = "cluster.node_labels={rollout: {pool: big}, learner: {pool: big}, reward: {pool: small}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labels", "gib", "refused"),
+    [
+        ([LABELED_POOLS], {"pool": "small", "ray.io/node-id": "1"}, 23.6, ""),
+        ([LABELED_POOLS], {"pool": "small"}, 11.6, "love reward"),
+        ([LABELED_POOLS], {"pool": "big"}, 39.6, "learner"),
+        ([LABELED_POOLS], {"pool": "other"}, 15.6, ""),
+        # Nothing keeps the learners off a node without labels.
+        ([], {}, 23.6, r"learner.*keep the pool to nodes with larger GPUs \(cluster\.node_labels\)"),
+    ],
+    ids=["small GPUs for rewards", "too small for rewards", "too small for learners", "no pool's", "no labels"],
+)
+def test_gpus_of_different_sizes_serve_the_pools_that_may_run_there(
+    overrides: list[str], labels: dict[str, str], gib: float, refused: str
+) -> None:
+    settings = load_config("llama3-70b-64gpu.yaml", "cluster.gpus_per_reward_worker=0", *overrides)
+    report = NodeReport((), {}, "580.65.06", (80 << 30, int(gib * 2**30)))
+    if not refused:
+        check_gpus(settings, "n", report, labels)
+        return
+    with pytest.raises(ResourceError, match=refused):
+        check_gpus(settings, "n", report, labels)
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from cluster.placement import (
     compute_threads,
     placement_bundles,
 )
+from rluf.config.derived import plan_actor_pools
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import DeadlineError
@@ -61,6 +62,21 @@ def test_only_actors_with_gpus_see_them_and_only_their_own(role: str, gpus: floa
         assert environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("objective", "gpus"),
+    [("{source: judge, path: length}", 0), ("{source: serve, path: 'http://host:8000'}", 0), ("{replicas: 1}", 1)],
+)
+def test_a_reward_actor_without_a_model_reserves_no_gpu_as_planned(objective: str, gpus: float) -> None:
+    settings = make_settings("cluster.gpus_per_reward=1", f"objectives.safety={objective}")
+    options = actor_options(settings, "reward", "safety")
+    (pool,) = (pool for pool in plan_actor_pools(settings) if pool.name == "safety reward")
+    assert (options["num_cpus"], options["num_gpus"]) == (pool.cpus_per_actor, pool.gpus_per_actor)
+    assert options["num_gpus"] == gpus
+    visible = options["runtime_env"]["env_vars"].get("CUDA_VISIBLE_DEVICES", "those that Ray assigns")
+    assert visible == ("" if gpus == 0 else "those that Ray assigns")
+    assert actor_options(settings, "reward", "love")["num_gpus"] == 1
+
+
 def test_threads_share_the_cores_among_learner_ranks() -> None:
     assert compute_threads(make_settings(), cores=8) == 8
     assert compute_threads(make_settings("learner.workers=3"), cores=8) == 2
@@ -80,7 +96,9 @@ def test_engines_and_learners_have_groups_of_their_own_or_share_bundles() -> Non
     halves = ("cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "weight_sync.transport=cuda_ipc")
     shared = make_settings(*pools, *halves)
     assert placement_bundles(shared, with_learners=True) == {SHARED_GROUP_NAME: ([{"CPU": 1, "GPU": 1}] * 2, "PACK")}
-    assert list(placement_bundles(shared, with_learners=False)) == ["engine 0", "engine 1"]
+    # Without learners too, an engine of half a GPU has no second one next to it.
+    alone = {f"engine {index}": ([{"CPU": 1, "GPU": 1}], "STRICT_PACK") for index in range(2)}
+    assert placement_bundles(shared, with_learners=False) == alone
 
 
 @pytest.mark.slow

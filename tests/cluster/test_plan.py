@@ -64,6 +64,21 @@ def test_missing_gpus() -> None:
     check_plan(resource_plan, {"CPU": 8.0, "GPU": 4.0})
 
 
+@pytest.mark.parametrize(
+    ("share", "replicas", "gpu_count"), [(0.6, 1, 3), (0.5, 1, 2), (0.4, 1, 2), (0.33, 1, 1), (0.1, 4, 2), (1, 1, 3)]
+)
+def test_a_share_of_a_gpu_lies_on_one_gpu(share: float, replicas: int, gpu_count: int) -> None:
+    overrides = [f"objectives.{name}.replicas={replicas}" for name in ("love", "helpfulness", "safety")]
+    resource_plan = plan_resources(
+        make_settings(f"cluster.gpus_per_reward={share}", "cluster.gpus_per_reward_worker=0", *overrides)
+    )
+    assert resource_plan.gpu_count == gpu_count
+    check_plan(resource_plan, {"CPU": 16.0, "GPU": float(gpu_count)}, [{"CPU": 16.0, "GPU": float(gpu_count)}])
+    if gpu_count > 1:
+        with pytest.raises(ResourceError, match=rf"needs {gpu_count} GPUs"):
+            check_plan(resource_plan, {"CPU": 16.0, "GPU": gpu_count - 1.0})
+
+
 def test_reward_training_counts_where_it_needs_more_than_training() -> None:
     with pytest.raises(ResourceError, match=r"reward training 20 x 0\.2"):
         check_plan(plan_resources(make_settings("reward.workers=20")), {"CPU": 2.0})
@@ -152,6 +167,12 @@ TWO_GPU_ENGINES = ("cluster.gpus_per_engine=2", "rollout.engines=3")
         ([(8, 3), (8, 3)], TWO_GPU_ENGINES, "rollout: 3 actors of 2 CPU, 2 GPU each.*places for 2"),
         ([(8, 1), (8, 1), (8, 4)], TWO_GPU_ENGINES, "3 actors of 2 CPU, 2 GPU each.*places for 2"),
         ([(2, 1), (2, 1)], ("cluster.gpus_per_engine=0.6", "rollout.engines=3"), "places for 2"),
+        ([(8, 2)], ("cluster.gpus_per_engine=0.6", "rollout.engines=3"), "places for 2"),
+        (
+            [(8, 4), (8, 3)],
+            ("cluster.gpus_per_engine=0.4", "rollout.engines=15", "rollout.gpu_memory_share=0.4"),
+            "places for 14",
+        ),
         (
             [(1, 4), (30, 0)],
             ("cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1"),

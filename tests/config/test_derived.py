@@ -190,8 +190,8 @@ def test_experts_count_without_weights(tmp_path: Path) -> None:
     for experts in ({}, {"num_experts": 8}, {"num_local_experts": 8, "moe_intermediate_size": 48}):
         (tmp_path / "config.json").write_text(json.dumps({**SIZES, **LLAMA_NAMES, **experts}))
         counts.append(estimate_model_shape(str(tmp_path)).parameter_count)
-    expert_layer = 2 * 3 * 64 * 96
-    assert counts[1] - counts[0] == 7 * expert_layer and counts[2] - counts[0] == 3 * expert_layer
+    expert_layer, routers = 2 * 3 * 64 * 96, 2 * 8 * 64
+    assert [count - counts[0] - routers for count in counts[1:]] == [7 * expert_layer, 3 * expert_layer]
 
 
 @pytest.mark.parametrize("heads", [0, None, "many"])

@@ -68,6 +68,25 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["reward.workers=[3, 2]"], ["reward.workers=[3, 2]"]),
         (["reward={workers: [1, 2], zero_stage: 2}"], ["reward.workers=[1, 2]", "reward.zero_stage=2"]),
         (["cluster.gpus_per_engine=1.5"], ["cluster.gpus_per_engine=1.5", "cluster.gpus_per_engine=2"]),
+        (
+            ["cluster.gpus_per_engine=0.5", "rollout.engines=2"],
+            ["cluster.gpus_per_engine=0.5", "2 engines on one GPU", "rollout.gpu_memory_share=0.5 or less"],
+        ),
+        (
+            ["cluster.gpus_per_engine=0.3", "rollout.engines=9", "rollout.gpu_memory_share=0.34"],
+            ["3 engines on one GPU", "rollout.gpu_memory_share=0.33 or less"],
+        ),
+        (
+            [
+                "cluster.gpus_per_engine=0.2",
+                "cluster.gpus_per_learner=0.3",
+                "weight_sync.transport=cuda_ipc",
+                "learner.workers=2",
+                "rollout.engines=2",
+                "learner.zero_stage=2",
+            ],
+            ["cluster.gpus_per_engine=0.2", "cluster.gpus_per_learner=0.3", "two of each"],
+        ),
         (["cluster.gpus_per_learner=2"], ["cluster.gpus_per_learner=2", "learner.workers"]),
         (["cluster.gpus_per_reward=2"], ["cluster.gpus_per_reward=2", "replicas"]),
         (["cluster.gpus_per_reward_worker=2"], ["cluster.gpus_per_reward_worker=2", "1 or 0"]),

@@ -93,14 +93,27 @@ async def test_a_new_engine_gets_its_weights_and_joins_only_between_updates() ->
 
 
 @pytest.mark.parametrize(
-    ("transport", "actor_name"), [("shm", "learner 0"), ("nccl", "rollout 0"), ("cuda_ipc", "rollout 1")]
+    ("transport", "actor_name", "in_collective_sync"),
+    [("shm", "learner 0", False), ("nccl", "rollout 0", True), ("cuda_ipc", "rollout 1", False)],
 )
-async def test_a_lost_learner_or_member_of_a_fixed_group_ends_the_attempt(transport: str, actor_name: str) -> None:
+async def test_a_lost_learner_or_an_engine_that_others_wait_for_ends_the_attempt(
+    transport: str, actor_name: str, in_collective_sync: bool
+) -> None:
     supervisor = FakeSupervisor(transport)
+    supervisor.actor_groups.in_collective_sync = in_collective_sync
     restarter, _ = make_restarter(supervisor)
     with pytest.raises(ActorLostError, match="died"):
         restarter.handle_loss(ActorLostError("died", actor_name))
     assert supervisor.replaced == []
+
+
+async def test_an_engine_that_is_lost_between_syncs_over_nccl_is_replaced_alone() -> None:
+    supervisor = FakeSupervisor("nccl")
+    restarter, synced = make_restarter(supervisor)
+    restarter.handle_loss(ActorLostError("died", "rollout 1"))
+    await restarter._restart_tasks["rollout 1"]
+    assert supervisor.replaced == ["rollout 1"] and synced == ["rollout 1, start 2"]
+    await restarter.close()
 
 
 async def test_an_actor_whose_budget_is_spent_ends_the_run() -> None:

@@ -105,7 +105,7 @@ class RolloutEngine:
         self._deterministic_lock = asyncio.Lock()
         self.running_samples = 0
         self._engine: AsyncLLM | None = None
-        self._transfer_initialized = False
+        self._transfer_group_id: str | None = None
         self._is_updating = False
         self._lora_request: LoRARequest | None = None
         self._linear_shapes: dict[str, tuple[int, ...]] = {}
@@ -222,7 +222,9 @@ class RolloutEngine:
             await self._require_engine().wake_up(tags=list(tags))
 
     async def begin_weight_update(self, transfer_info: dict[str, Any]) -> None:
-        """Phase 1: connect to the learner (first time only), pause running requests, open the update.
+        """Phase 1: connect to the learner, pause running requests, open the update.
+
+        It connects the first time, and over NCCL again where the learner has made a new group.
 
         Paused requests lose their KV cache: once resumed they continue after their own tokens with the new weights. An
         update that was begun but never finished is abandoned first. `transfer_info` is that of WeightSender.begin.
@@ -237,11 +239,12 @@ class RolloutEngine:
                 self._build_init_info(transfer_info)
                 await engine.pause_generation(mode="keep", clear_cache=True)
                 return
-            if not self._transfer_initialized:
+            group_id = str(transfer_info.get("group_id", ""))
+            if self._transfer_group_id != group_id:
                 init_info = {"transfer_info": self._build_init_info(transfer_info)}
                 await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
                 await self._raise_transfer_problem()
-                self._transfer_initialized = True
+                self._transfer_group_id = group_id
             if self._is_updating:
                 logger.warning("%s: the previous weight update was not finished; starting a new one", self.name)
                 await engine.finish_weight_update()
@@ -483,10 +486,11 @@ class RolloutEngine:
                 f"{self.name}: the learner uses weight_sync.transport={transfer_info.get('transport')!r}, this engine "
                 f"{transport!r}"
             )
-        init_info = {key: value for key, value in transfer_info.items() if key not in ("transport", "weight_version")}
+        own_keys = ("transport", "weight_version", "group_id", "first_ranks")
+        init_info = {key: value for key, value in transfer_info.items() if key not in own_keys}
         if transport != "nccl":
             return init_info
-        return init_info | {"rank_offset": 1 + self.engine_index * self.settings.tensor_parallel}
+        return init_info | {"rank_offset": int(transfer_info["first_ranks"][str(self.engine_index)])}
 
     async def _raise_transfer_problem(self, *, abandon_update: bool = False) -> None:
         """Raise the problem that a worker has recorded as WeightSyncError; `abandon_update` closes the update first."""

@@ -92,8 +92,10 @@ class CheckedTransferEngine(WeightTransferEngine[TransferInitInfo, BucketUpdateI
     _receiver: WeightReceiver | None = None
 
     def init_transfer_engine(self, init_info: TransferInitInfo) -> None:
-        """Connect to the sender; record as the problem if that is impossible."""
+        """Connect to the sender, leaving an earlier one; record as the problem if that is impossible."""
         self.problem = None
+        if self._receiver is not None:
+            self._receiver.close()
         transport = self.config.backend.removeprefix(BACKEND_PREFIX)
         receiver = create_weight_receiver(transport, self.device, self.parallel_config)
         self._receiver = receiver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,26 @@ RECEIVED_TRANSPORTS = ("shm", "disk", "nccl", "cuda_ipc")
 """Transports with a receiver in the vLLM workers; LoRA adapters are loaded through vLLM's own API."""
 
 
-def create_weight_sender(settings: Settings, host: str, port: int) -> WeightSender:
-    """The learner's sender; `host` and `port` (free) are the rendezvous of NCCL."""
+def renew_weight_sender(
+    sender: WeightSender | None,
+    settings: Settings,
+    engine_indices: Mapping[str, int],
+    find_rendezvous_address: Callable[[], tuple[str, int]],
+) -> WeightSender:
+    """`sender`, or a new one where there is none yet, or where its NCCL group is not that of the engines of this sync.
+
+    `engine_indices` has the index of each engine by its name, which differs from one start of an engine to the next.
+    """
+    if sender is not None:
+        if not isinstance(sender, NcclSender) or sender.engine_indices == engine_indices:
+            return sender
+        # A group takes no new members, and a broadcast to a lost one never ends.
+        sender.close()
+    return create_weight_sender(settings, *find_rendezvous_address(), engine_indices)
+
+
+def create_weight_sender(settings: Settings, host: str, port: int, engine_indices: Mapping[str, int]) -> WeightSender:
+    """The learner's sender; `host` and `port` (free) are the rendezvous of NCCL with the engines."""
     transport, bucket_bytes = settings.weight_sync.transport, settings.weight_sync.bucket_bytes
     if transport == "shm":
         return ShmSender()
@@ -33,8 +52,7 @@ def create_weight_sender(settings: Settings, host: str, port: int) -> WeightSend
         return LoraSender(resolve_cache_folder(settings) / "weight_sync")
     if transport == "cuda_ipc":
         return CudaIpcSender(bucket_bytes)
-    world_size = 1 + settings.rollout.engines * settings.tensor_parallel
-    return NcclSender(host, port, world_size, bucket_bytes, settings.timeouts.call_s)
+    return NcclSender(host, port, engine_indices, settings.tensor_parallel, bucket_bytes, settings.timeouts.call_s)
 
 
 def create_weight_receiver(transport: str, device: torch.device, parallel_config: ParallelConfig) -> WeightReceiver:

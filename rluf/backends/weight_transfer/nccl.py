@@ -6,6 +6,7 @@ functions both sides call.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -25,12 +26,24 @@ class NcclSender:
 
     Both sides of an NCCL call must be in it at once, while a sync goes phase by phase. So joining the group and each
     broadcast run on a background thread; the next call waits for it, at most `timeout_s` seconds. The learner is rank 0
-    of the group, engine i has the ranks from 1 + i * Settings.tensor_parallel.
+    of the group; the engines follow in the order of their indices, each with one rank per GPU. A sender has one group:
+    after a loss, and with a new engine, another sender takes its place (`renew_weight_sender`).
     """
 
-    def __init__(self, host: str, port: int, world_size: int, bucket_bytes: int, timeout_s: float) -> None:
-        """Open nothing before the first sync. `world_size` counts the learner and all engine workers."""
-        self._host, self._port, self._world_size = host, port, world_size
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        engine_indices: Mapping[str, int],
+        gpus_per_engine: int,
+        bucket_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        """Open nothing before the first sync. `engine_indices` has the index of each engine by its name."""
+        self.engine_indices = dict(engine_indices)
+        self._host, self._port, self._gpus_per_engine = host, port, gpus_per_engine
+        self._world_size = 1 + len(engine_indices) * gpus_per_engine
+        self._group_id = uuid.uuid4().hex
         self._buffer_bytes, self._timeout_s = bucket_bytes, timeout_s
         # One worker: NCCL calls of a group must be issued in the same order on every rank.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rluf-nccl")
@@ -41,20 +54,30 @@ class NcclSender:
     def begin(self, weight_version: int) -> dict[str, Any]:
         """Transfer info with the rendezvous address; the first sync also starts waiting for the engines there."""
         self._wait_for_pending("the last weight sync")
-        if self._group is None:
+        if ":" in self._host:
+            raise WeightSyncError(
+                f"weight sync over NCCL: vLLM's rendezvous has IPv4 only, but the learner's address is {self._host}; "
+                "use weight_sync.transport=disk, or start Ray with an IPv4 --node-ip-address on every node"
+            )
+        if self._group is None and self.engine_indices:
             self._pending = self._executor.submit(self._join_nccl_group)
+        first_ranks = {
+            str(index): 1 + position * self._gpus_per_engine
+            for position, index in enumerate(sorted(self.engine_indices.values()))
+        }
         return {
             "transport": "nccl", "weight_version": weight_version, "master_address": self._host,
             "master_port": self._port, "world_size": self._world_size, "packed": True,
-            "packed_buffer_size_bytes": self._buffer_bytes,
+            "packed_buffer_size_bytes": self._buffer_bytes, "group_id": self._group_id, "first_ranks": first_ranks,
         }  # fmt: skip
 
     def send_bucket(self, bucket: WeightBucket) -> dict[str, Any]:
         """Start broadcasting `bucket`; returns the names, dtypes and shapes that the engines must expect."""
         self._wait_for_pending("joining the engines, or the previous bucket")
-        # The gathered tensors may still be computed on this thread's stream; the broadcast runs on another.
-        ready_event = torch.cuda.current_stream().record_event()
-        self._pending = self._executor.submit(self._broadcast_bucket, list(bucket), ready_event)
+        if self.engine_indices:
+            # The gathered tensors may still be computed on this thread's stream; the broadcast runs on another.
+            ready_event = torch.cuda.current_stream().record_event()
+            self._pending = self._executor.submit(self._broadcast_bucket, list(bucket), ready_event)
         return {
             "names": [name for name, _ in bucket],
             "dtype_names": [get_dtype_name(tensor) for _, tensor in bucket],
@@ -119,7 +142,10 @@ class NcclReceiver:
         self._buffer_bytes = 0
 
     def begin(self, transfer_info: Mapping[str, Any]) -> None:
-        """Join the learner's NCCL group; its `rank_offset` is the first rank of this engine."""
+        """Join the learner's NCCL group; its `rank_offset` is the first rank of this engine.
+
+        A receiver joins one group; each further group has a receiver of its own.
+        """
         from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
 
         self._buffer_bytes = int(transfer_info["packed_buffer_size_bytes"])
