@@ -19,7 +19,7 @@ import torch
 from rluf.algorithms.batch_layout import TRIAL_WINDOW, compare_layouts
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
-from rluf.train.startup_check import check_weight_names
+from rluf.train.startup_check import check_engine_support, check_weight_names
 
 logger = logging.getLogger("benchmarks.families")
 
@@ -74,10 +74,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LFM2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "GPT-2": ("GPT2Config", {}),
     "GPT-2, head of its own": ("GPT2Config", {"tie_word_embeddings": False}),
+    "GPT-BigCode": ("GPTBigCodeConfig", {}),
+    "GPT-J": ("GPTJConfig", {"rotary_dim": 8}),
+    "GPT-Neo": ("GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
     "BLOOM": ("BloomConfig", {}),
     "Falcon": ("FalconConfig", {"alibi": False}),
     "Falcon, head of its own": ("FalconConfig", {"alibi": False, "tie_word_embeddings": False}),
     "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "GPT-NeoX, tied head": ("GPTNeoXConfig", {"tie_word_embeddings": True}),
     "MPT": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 2048}),
     "Mamba": ("MambaConfig", {}),
     "Mamba 2": ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}),
@@ -90,12 +94,10 @@ Written by `python benchmarks/families.py` from tiny random models; `tests/train
 - rows: one sample per row, where packing would be wrong; slower, and a prompt is read once per sample. Lower
   `algorithm.micro_batch_tokens` if memory is short. PPO's critic needs packing.
 - error: mean difference from one sample at a time, in nats per token (float32); cosine: of the gradients.
-- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason. A model whose head is
-  tied to an embedding of another name can be saved with a head of its own (`tie_word_embeddings=False`).
+- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason.
+- An output head that is tied to the embedding is sent to the engines as a weight of its own, whatever the embedding is
+  called; a checkpoint contains it once.
 
-The engine must support the family too: `python -m rluf.train --check` compares it with the learner. vLLM's CPU build
-refuses most models with linear attention, and it cannot load new weights of experts, so models with experts (MoE) train
-on GPUs alone.
 
 | family | trained | error | cosine | reason |
 |---|---|---|---|---|
@@ -110,11 +112,12 @@ def describe_family(family: str) -> str:
     config_name, values = FAMILIES[family]
     config = getattr(transformers, config_name)(**{**COMMON, **values})
     try:
-        trial = compare_layouts(config, MAX_ROW_TOKENS)
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(1)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            check_engine_support(Settings(), Path(folder))
             check_weight_names(Settings(), Path(folder))
+        trial = compare_layouts(config, MAX_ROW_TOKENS)
     except RlufError as error:
         reason = str(error).partition(" cannot be trained: ")[2] or str(error)
         return f"| {family} | refused | | | {reason.partition('; ')[0]} |"

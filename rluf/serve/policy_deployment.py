@@ -222,8 +222,7 @@ def iter_weight_buckets(folder: Path, manifest: WeightManifest) -> Iterator[list
                 remaining_names.remove(name)
                 bucket.append((name, tensor))
                 # Checkpoints with tied embeddings store one tensor for both, but the engine expects both names.
-                if name == manifest.lm_head_source:
-                    bucket.append(("lm_head.weight", tensor))
+                bucket += [(tied_name, tensor) for tied_name, source in manifest.tied_sources.items() if source == name]
                 bucket_bytes += tensor.numel() * tensor.element_size()
                 if bucket_bytes >= BUCKET_BYTES:
                     yield bucket

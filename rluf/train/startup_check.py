@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
-from rluf.backends.weight_transfer.base import WeightManifest, read_checkpoint_shapes
+from rluf.backends.vllm.architectures import can_run_architecture
+from rluf.backends.weight_transfer.base import WeightManifest, has_tied_embeddings, read_checkpoint_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
@@ -45,12 +46,13 @@ MAX_NAMED_WEIGHTS = 4
 
 
 def check_policy(settings: Settings, model_path: Path) -> None:
-    """Check weights, batch layout, token ids, chat template, turn end, context window and memory; log each result.
+    """Check engine support, weights, batch layout, token ids, chat template, window and memory; log each result.
 
     Raises ModelError, SettingsError or ResourceError on the first that fails, with what to do.
     """
     check_causal_lm(model_path)
     checks: dict[str, Callable[[Settings, Path], str]] = {
+        "engine": check_engine_support,
         "context window": check_context_window,
         "tensor parallel": check_tensor_parallel,
         "weight names": check_weight_names,
@@ -74,6 +76,21 @@ def check_training(settings: Settings) -> None:
     with ray_connection():
         gaps = run_coroutine(compare_engine_and_learner(settings, model_path))
     logger.info("check: passed, largest gap of engine and learner %.2g nats per token", max(gaps))
+
+
+def check_engine_support(settings: Settings, model_path: Path) -> str:
+    """The installed vLLM must have a model for the architecture, or be able to run that of transformers."""
+    config = read_model_config(model_path, settings.model.trust_remote_code)
+    architecture = (config.architectures or [""])[0]
+    is_supported = can_run_architecture(architecture)
+    if is_supported is None:
+        return f"not checked whether vLLM can run {architecture}"
+    if not is_supported:
+        raise ModelError(
+            f"{model_path} cannot be trained: the installed vLLM has no model for {architecture} and cannot run that "
+            "of transformers; use another model"
+        )
+    return f"vLLM can run {architecture}"
 
 
 def check_context_window(settings: Settings, model_path: Path) -> str:
@@ -149,20 +166,16 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
             "merged into weights that an engine reads; set learner.lora_rank=0"
         )
     sent_shapes = dict(_iter_sent_shapes(model))
-    manifest = WeightManifest(model_path, bool(model.config.get_text_config().tie_word_embeddings))
-    expected_shapes = manifest.expected_shapes
+    config = read_model_config(model_path, settings.model.trust_remote_code)
+    expected_shapes = WeightManifest(model_path, has_tied_embeddings(config)).expected_shapes
     not_sent, not_expected = expected_shapes.keys() - sent_shapes.keys(), sent_shapes.keys() - expected_shapes.keys()
     misshapen = [
         name for name in expected_shapes.keys() & sent_shapes.keys() if expected_shapes[name] != sent_shapes[name]
     ]
-    tied_names = getattr(model, "_tied_weights_keys", None) or {}
-    if not_expected and not_expected <= set(tied_names):
-        head_name = min(not_expected)
-        source_name = tied_names[head_name] if isinstance(tied_names, dict) else "an embedding"
+    if not_expected and not_expected <= set(getattr(model, "_tied_weights_keys", None) or ()):
         raise ModelError(
-            f"{model_path} cannot be trained: its output head {head_name} is tied to {source_name}, and engines update "
-            "a tied head from embed_tokens.weight alone; save it with a head of its own (tie_word_embeddings=False) or "
-            "use another model"
+            f"{model_path} cannot be trained: its output head {min(not_expected)} is tied to a weight that its code "
+            "does not name; save it with a head of its own (tie_word_embeddings=False) or use another model"
         )
     for names, problem in (
         (not_sent, "the checkpoint has weights that the learner does not send"),

@@ -21,6 +21,7 @@ from rluf.serve.policy_deployment import PolicyDeployment, iter_weight_buckets
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+WTE = "transformer.wte.weight"
 PLAIN = {EMBEDDINGS: (8, 4), NORM: (4,)}
 
 
@@ -57,7 +58,7 @@ def write_policy_folder(
     folder.mkdir()
     for name, file_shapes in {"model": shapes, **files}.items():
         save_file({key: torch.zeros(shape) for key, shape in file_shapes.items()}, folder / f"{name}.safetensors")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2" if WTE in shapes else "llama"}))
     return folder
 
 
@@ -86,8 +87,9 @@ async def reload_policy(policy: PolicyDeployment, folder: Path, version: str) ->
         (PLAIN | {HEAD: (8, 4)}, False),
         ({"language_model.model.embed_tokens.weight": (8, 4), NORM: (4,)}, True),
         (PLAIN | {FREQUENCIES: (2,)}, True),
+        ({WTE: (8, 4), NORM: (4,)}, True),
     ],
-    ids=["tied", "tied and stored", "untied", "another prefix", "frequencies"],
+    ids=["tied", "tied and stored", "untied", "another prefix", "frequencies", "gpt2"],
 )
 async def test_the_engine_gets_the_weights_that_it_expects(
     shapes: Mapping[str, tuple[int, ...]], is_tied: bool, tmp_path: Path
@@ -97,6 +99,12 @@ async def test_the_engine_gets_the_weights_that_it_expects(
     assert await policy.describe() == "two"
     assert not engine.is_paused
     await policy.check_health()
+
+
+def test_a_tied_head_is_sent_as_its_embedding_whatever_that_is_called(tmp_path: Path) -> None:
+    folder = write_policy_folder(tmp_path / "one", {WTE: (8, 4), NORM: (4,)})
+    sent = [name for bucket in iter_weight_buckets(folder, WeightManifest(folder, True)) for name, _ in bucket]
+    assert sorted(sent) == sorted([WTE, HEAD, NORM])
 
 
 async def test_a_tied_head_may_be_stored_in_one_version_and_not_in_the_next(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rluf.backends.weight_transfer.base import has_tied_embeddings
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
     check_adapter,
@@ -285,7 +286,7 @@ class RolloutEngine:
     @property
     def has_tied_embeddings(self) -> bool:
         """Whether the output head of the running model is its embeddings."""
-        return bool(getattr(self._require_engine().model_config.hf_config, "tie_word_embeddings", False))
+        return has_tied_embeddings(self._require_engine().model_config.hf_config)
 
     def get_health(self) -> dict[str, Any]:
         """Name, weight version, running samples, and whether vLLM's core process is alive."""
