@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
-from rluf.backends.vllm.architectures import can_run_architecture
+from rluf.backends.vllm.architectures import find_engine_problems
 from rluf.backends.weight_transfer.base import WeightManifest, has_tied_embeddings, read_checkpoint_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
@@ -82,15 +82,16 @@ def check_engine_support(settings: Settings, model_path: Path) -> str:
     """The installed vLLM must have a model for the architecture, or be able to run that of transformers."""
     config = read_model_config(model_path, settings.model.trust_remote_code)
     architecture = (config.architectures or [""])[0]
-    is_supported = can_run_architecture(architecture)
-    if is_supported is None:
-        return f"not checked whether vLLM can run {architecture}"
-    if not is_supported:
+    problem = find_engine_problems([architecture])[architecture]
+    if problem == "missing":
         raise ModelError(
             f"{model_path} cannot be trained: the installed vLLM has no model for {architecture} and cannot run that "
             "of transformers; use another model"
         )
-    return f"vLLM can run {architecture}"
+    # On a machine without GPUs some of vLLM's models for GPUs cannot be imported.
+    if problem and not settings.policy_gpus:
+        raise ModelError(f"vLLM cannot import its model for {architecture}: {problem}; install what is missing")
+    return f"not known whether vLLM can run {architecture}" if problem is None else f"vLLM can run {architecture}"
 
 
 def check_context_window(settings: Settings, model_path: Path) -> str:

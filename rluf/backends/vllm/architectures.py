@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-LIST_ARCHITECTURES = "import json, vllm; print(json.dumps(sorted(vllm.ModelRegistry.get_supported_archs())))"
-LIST_TIMEOUT_S = 300
+IMPORT_MODELS = """
+import json, sys, vllm
+problems = {}
+for name in sys.argv[1:]:
+    model = vllm.ModelRegistry.models.get(name)
+    try:
+        problems[name] = "" if model is None else str(model.load_model_cls() and "")
+    except ImportError as error:
+        problems[name] = f"{type(error).__name__}: {error}"
+print(json.dumps([sorted(vllm.ModelRegistry.models), problems]))
+"""
+IMPORT_TIMEOUT_S = 300
 
 
-def can_run_architecture(architecture: str) -> bool | None:
-    """Whether vLLM has a model for `architecture` or can run that of transformers; None where it cannot be told.
+def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
+    """Why the installed vLLM cannot run each architecture: "missing", or the error of the import of its model.
 
-    It cannot for code of the model's own, nor where vLLM is not installed.
+    "" where it can, None where that is not known: for code of the model's own, and where vLLM is not installed here.
     """
     import transformers
 
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        return None
-    # vLLM falls back to these models of transformers; asking it takes seconds, as it has to be imported.
-    if model_class.is_backend_compatible() or model_class._can_set_attn_implementation():
-        return True
-    architectures = list_engine_architectures()
-    return architecture in architectures if architectures else None
+    model_classes = {name: getattr(transformers, name, None) for name in architectures}
+    # vLLM can run these models of transformers. Asking it about others takes seconds, as it has to be imported.
+    other_names = [name for name, model in model_classes.items() if model and not model.is_backend_compatible()]
+    registered_names, import_problems = _import_models(other_names) if other_names else ([], {})
+    problems: dict[str, str | None] = {name: None if model is None else "" for name, model in model_classes.items()}
+    for name in other_names:
+        is_missing = name not in registered_names and not model_classes[name]._can_set_attn_implementation()
+        problems[name] = None if not registered_names else "missing" if is_missing else import_problems[name]
+    return problems
 
 
-@functools.cache
-def list_engine_architectures() -> frozenset[str]:
-    """Architectures that the installed vLLM has a model for; empty where vLLM cannot be imported."""
+def _import_models(architectures: Sequence[str]) -> tuple[Sequence[str], Mapping[str, str]]:
+    """All architectures that vLLM has a model for, and the error of the import of each of `architectures`."""
     # In a process of its own: vLLM sets up logging and threads of the process that imports it.
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ""}
     try:
         result = subprocess.run(
-            [sys.executable, "-c", LIST_ARCHITECTURES],
-            capture_output=True, text=True, timeout=LIST_TIMEOUT_S, check=True, env=environment,
+            [sys.executable, "-c", IMPORT_MODELS, *architectures],
+            capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=True, env=environment,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return frozenset()
-    return frozenset(json.loads(result.stdout.splitlines()[-1]))
+        return [], {}
+    answer: Any = json.loads(result.stdout.splitlines()[-1])
+    return answer[0], answer[1]

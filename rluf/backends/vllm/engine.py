@@ -128,8 +128,6 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            if self.settings.cluster.gpus_per_engine == 0:
-                _inspect_model_in_process(self.model_folder)
             config = self._build_engine_args().create_engine_config()
         except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise ModelError(
@@ -334,15 +332,23 @@ class RolloutEngine:
         rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
         # One more, since compute_logprobs samples a token after the longest prompt and response.
         max_model_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens + 1
+        # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
+        caches_prefixes = not self.settings.run.deterministic
         device_args: dict[str, Any]
         if on_gpu:
-            device_args = {"gpu_memory_utilization": rollout.gpu_memory_share}
+            device_args = {
+                "gpu_memory_utilization": rollout.gpu_memory_share,
+                "enable_prefix_caching": caches_prefixes,
+            }
         else:
+            keeps_state = _keeps_recurrent_state(self.model_folder)
             device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
                 "block_size": CPU_KV_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which vLLM's CPU build cannot: the core dies.
                 "enable_chunked_prefill": False,
+                # vLLM caches the state of a recurrent layer (Mamba, linear attention) only in chunks.
+                "enable_prefix_caching": caches_prefixes and not keeps_state,
                 "max_num_batched_tokens": max(MAX_CPU_STEP_TOKENS, max_model_tokens, rollout.concurrency),
             }
         transport = self.settings.weight_sync.transport
@@ -369,8 +375,6 @@ class RolloutEngine:
             max_model_len=max_model_tokens,
             max_num_seqs=rollout.concurrency,
             enforce_eager=rollout.eager or not on_gpu,
-            # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
-            enable_prefix_caching=not self.settings.run.deterministic,
             # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=self.settings.tensor_parallel,
@@ -532,18 +536,24 @@ def list_core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _inspect_model_in_process(model_folder: Path) -> None:
-    """Let vLLM inspect the model's class in this process.
+def _keeps_recurrent_state(model_folder: Path) -> bool:
+    """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
 
-    By default it starts a process only for that (so as not to touch CUDA here), which costs 5 to 15 s on the first run
-    on a machine. An architecture that vLLM does not know is left to vLLM's own error.
+    Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA
+    here), which costs 5 to 15 s on the first run on a machine. An architecture that vLLM does not know is left to
+    vLLM's own error.
     """
+    from vllm.model_executor.models.interfaces import has_inner_state, is_hybrid
     from vllm.model_executor.models.registry import ModelRegistry
 
+    is_recurrent = False
     for architecture in json.loads((model_folder / "config.json").read_text()).get("architectures") or []:
         registered_model = ModelRegistry.models.get(architecture)
         if registered_model is not None:
-            ModelRegistry.register_model(architecture, registered_model.load_model_cls())
+            model_class = registered_model.load_model_cls()
+            ModelRegistry.register_model(architecture, model_class)
+            is_recurrent |= has_inner_state(model_class) or is_hybrid(model_class)
+    return is_recurrent
 
 
 def format_cause(error: BaseException | None) -> str:
