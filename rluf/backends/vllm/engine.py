@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -137,8 +138,7 @@ class RolloutEngine:
             self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             reason = format_cause(error)
-            is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
-            advice = "; lower rollout.kv_cache_gib or rollout.concurrency" if is_memory else ""
+            advice = advise_on_memory(reason, on_gpu=self.settings.cluster.gpus_per_engine > 0)
             raise ResourceError(
                 f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
                 "message is in this actor's log"
@@ -554,6 +554,17 @@ def _keeps_recurrent_state(model_folder: Path) -> bool:
             ModelRegistry.register_model(architecture, model_class)
             is_recurrent |= has_inner_state(model_class) or is_hybrid(model_class)
     return is_recurrent
+
+
+def advise_on_memory(reason: str, *, on_gpu: bool) -> str:
+    """What to do about the error of an engine's start with this `reason`; empty if it is not about memory."""
+    setting = "rollout.gpu_memory_share" if on_gpu else "rollout.kv_cache_gib"
+    if re.search(r"No available memory for the cache|larger than the available KV cache", reason):
+        return f"; raise {setting}, or lower rollout.max_prompt_tokens or rollout.max_response_tokens"
+    # Not the word alone, which the name of a weight or a path may contain.
+    if re.search(r"MemoryError|out of memory|(available|free|enough|allocate) memory", reason, re.IGNORECASE):
+        return f"; lower {setting} or rollout.concurrency"
+    return ""
 
 
 def format_cause(error: BaseException | None) -> str:
