@@ -148,7 +148,8 @@ class PolicyDeployment:
         set_vllm_environment(self._settings)
         engine = RolloutEngine(f"policy {version}", 0, self._settings, policy_folder)
         await engine.start()
-        self._tokenizer = load_tokenizer(policy_folder)
+        trust_remote_code = self._settings.model.trust_remote_code
+        self._tokenizer = load_tokenizer(policy_folder, trust_remote_code=trust_remote_code)
         self._serve_version(engine, ShmSender(), policy_folder, version)
 
     def _serve_version(self, engine: RolloutEngine, sender: WeightSender, policy_folder: Path, version: str) -> None:

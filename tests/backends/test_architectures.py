@@ -45,6 +45,8 @@ def write_config(folder: Path, config: PretrainedConfig, architecture: str) -> N
         ("MptForCausalLM", "missing", True),
         ("Qwen3_5ForCausalLM", NO_TORCHVISION, True),
         ("OwnForCausalLM", None, False),
+        ("AutoModelForCausalLM", None, False),
+        ("", None, False),
     ],
 )
 def test_vllm_is_asked_about_models_that_it_cannot_take_from_transformers(

@@ -30,7 +30,10 @@ def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
     """
     import transformers
 
-    model_classes = {name: getattr(transformers, name, None) for name in architectures}
+    classes = {name: getattr(transformers, name, None) for name in architectures}
+    model_classes: dict[str, Any] = {
+        name: model if hasattr(model, "is_backend_compatible") else None for name, model in classes.items()
+    }
     # vLLM can run these models of transformers. Asking it about others takes seconds, as it has to be imported.
     other_names = [name for name, model in model_classes.items() if model and not model.is_backend_compatible()]
     registered_names, import_problems = _import_models(other_names) if other_names else ([], {})
