@@ -16,6 +16,7 @@ from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout
 from rluf.artifacts import check_inputs
 from rluf.backends.vllm.architectures import find_engine_problems
 from rluf.backends.weight_transfer.base import WeightManifest, has_tied_embeddings, read_checkpoint_shapes
+from rluf.backends.weight_transfer.lora import read_linear_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
@@ -189,15 +190,15 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
             )
     if settings.learner.lora_rank:
-        _check_adapters(model, settings.learner.lora_rank, model_path)
+        _check_adapters(model, settings, model_path)
     return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
 
 
-def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
-    """Raise SettingsError if adapters cannot be added to the model or merged into its weights."""
+def _check_adapters(model: Any, settings: Settings, model_path: Path) -> None:
+    """Raise SettingsError if adapters cannot be added to the model, merged into its weights, or sent as they are."""
     problem = ""
     try:
-        adapters = find_lora_adapters(add_lora_adapters(model, lora_rank))
+        adapters = find_lora_adapters(add_lora_adapters(model, settings.learner.lora_rank))
     except (ValueError, NotImplementedError) as error:
         adapters, problem = {}, (str(error).splitlines() or [type(error).__name__])[0]
     weights = {get_checkpoint_name(name): weight for name, weight in model.named_parameters()}
@@ -209,7 +210,15 @@ def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
             break
     if problem:
         raise SettingsError(
-            f"learner.lora_rank={lora_rank}: adapters do not fit {model_path}: {problem}; set learner.lora_rank=0"
+            f"learner.lora_rank={settings.learner.lora_rank}: adapters do not fit {model_path}: {problem}; set "
+            "learner.lora_rank=0"
+        )
+    different_names = sorted(read_linear_shapes(model_path).keys() ^ adapters.keys())
+    if settings.weight_sync.transport == "lora" and different_names:
+        raise SettingsError(
+            f"weight_sync.transport=lora: engines expect an adapter for each matrix of {model_path} but embeddings and "
+            f"the output head, and the learner's are for others ({_name_some(different_names)}); set "
+            "weight_sync.transport=shm"
         )
 
 

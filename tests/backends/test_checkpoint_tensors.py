@@ -32,6 +32,7 @@ from transformers import (
 from benchmarks.families import COMMON, EXPERTS, LATENT, LINEAR, MAMBA
 from rluf.algorithms.policy_model import load_policy
 from rluf.backends.deepspeed import gather_checkpoint_tensors
+from rluf.backends.weight_transfer import lora
 from rluf.backends.weight_transfer.base import WeightManifest, list_checkpoint_files
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError, WeightSyncError
@@ -86,9 +87,22 @@ def test_adapters_that_do_not_fit_are_refused_before_training(config: Any, reaso
         check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
 
 
-def test_adapters_of_linear_layers_pass(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(CONFIGS["llama tied"]).save_pretrained(tmp_path)
-    assert "tensors are equal" in check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
+@pytest.mark.parametrize("family", ["llama tied", "gpt_bigcode tied", "gpt_neox tied", "bloom tied"])
+@pytest.mark.parametrize("transport", ["shm", "lora"])
+def test_adapters_of_linear_layers_pass(family: str, transport: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
+    settings = Settings.model_validate({"learner": {"lora_rank": 4}, "weight_sync": {"transport": transport}})
+    assert "tensors are equal" in check_weight_names(settings, tmp_path)
+
+
+def test_adapters_that_an_engine_would_miss_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["gpt_bigcode tied"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(lora, "NAMES_WITHOUT_ADAPTER", ("lm_head", ".wpe."))
+    settings = Settings.model_validate({"learner": {"lora_rank": 4}, "weight_sync": {"transport": "lora"}})
+    with pytest.raises(SettingsError, match=r"1 weights \(transformer\.wte\.weight\)\); set weight_sync.transport=shm"):
+        check_weight_names(settings, tmp_path)
 
 
 @pytest.mark.parametrize("family", TIED_SOURCES)
