@@ -8,6 +8,7 @@ sample at a time, and does the learner send the tensors of the checkpoint under 
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from rluf.algorithms.batch_layout import TRIAL_WINDOW, compare_layouts
+from rluf.backends.vllm.architectures import find_engine_problems
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
 from rluf.train.startup_check import check_weight_names
@@ -74,10 +76,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LFM2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "GPT-2": ("GPT2Config", {}),
     "GPT-2, head of its own": ("GPT2Config", {"tie_word_embeddings": False}),
+    "GPT-BigCode": ("GPTBigCodeConfig", {}),
+    "GPT-J": ("GPTJConfig", {"rotary_dim": 8}),
+    "GPT-Neo": ("GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
     "BLOOM": ("BloomConfig", {}),
     "Falcon": ("FalconConfig", {"alibi": False}),
     "Falcon, head of its own": ("FalconConfig", {"alibi": False, "tie_word_embeddings": False}),
     "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "GPT-NeoX, tied head": ("GPTNeoXConfig", {"tie_word_embeddings": True}),
     "MPT": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 2048}),
     "Mamba": ("MambaConfig", {}),
     "Mamba 2": ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}),
@@ -90,12 +96,24 @@ Written by `python benchmarks/families.py` from tiny random models; `tests/train
 - rows: one sample per row, where packing would be wrong; slower, and a prompt is read once per sample. Lower
   `algorithm.micro_batch_tokens` if memory is short. PPO's critic needs packing.
 - error: mean difference from one sample at a time, in nats per token (float32); cosine: of the gradients.
-- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason. A model whose head is
-  tied to an embedding of another name can be saved with a head of its own (`tie_word_embeddings=False`).
+- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason.
+- An output head that is tied to the embedding is sent to the engines as a weight of its own, whatever the embedding is
+  called; a checkpoint contains it once.
 
-The engine must support the family too: `python -m rluf.train --check` compares it with the learner. vLLM's CPU build
-refuses most models with linear attention, and it cannot load new weights of experts, so models with experts (MoE) train
-on GPUs alone.
+What the engine adds (vLLM 0.32):
+
+- Mixtures of experts, Qwen3-Next too, are refused at the start on CPU engines (`cluster.gpus_per_engine: 0`), which
+  cannot load new weights of experts. On GPUs they pass the check, but no engine has run them; `learner.lora_rank`
+  above 0 is refused.
+- Recurrent layers (Qwen3-Next, Qwen3.5, Falcon-H1, LFM2, Mamba): the learner reads rows. CPU engines get no prefix
+  cache: vLLM caches a state in chunks only, which are off there, and would refuse the model. vLLM imports its Qwen3.5
+  only where `torchvision` is installed; without it a run on CPUs is refused at the start.
+- A sliding window counts only if `rollout.max_prompt_tokens` + `rollout.max_response_tokens` is longer than it (240
+  here): then the learner reads rows, else it packs. Engines apply the window in both cases.
+- MPT and GPT-Neo have no model in vLLM, and it cannot run those of transformers.
+
+`python -m rluf.train --check` compares a real engine with the learner. `pytest -m nightly
+tests/backends/test_engine_families.py` does so for 15 families, before and after a weight sync.
 
 | family | trained | error | cosine | reason |
 |---|---|---|---|---|
@@ -109,18 +127,32 @@ def describe_family(family: str) -> str:
 
     config_name, values = FAMILIES[family]
     config = getattr(transformers, config_name)(**{**COMMON, **values})
+    if _find_engine_problems()[_get_architecture(family)] == "missing":
+        return f"| {family} | refused | | | the installed vLLM cannot run it |"
     try:
-        trial = compare_layouts(config, MAX_ROW_TOKENS)
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(1)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             check_weight_names(Settings(), Path(folder))
+        trial = compare_layouts(config, MAX_ROW_TOKENS)
     except RlufError as error:
         reason = str(error).partition(" cannot be trained: ")[2] or str(error)
         return f"| {family} | refused | | | {reason.partition('; ')[0]} |"
     cosine = f"{trial.gradient_cosine:.6f}"
     reason = trial.reason.partition(";")[0].replace(f" of {TRIAL_WINDOW} tokens", "").partition(", but")[0]
     return f"| {family} | {trial.layout} | {_format_error(trial.logprob_error)} | {cosine} | {reason} |"
+
+
+def _get_architecture(family: str) -> str:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[getattr(transformers, FAMILIES[family][0]).model_type])
+
+
+@functools.cache
+def _find_engine_problems() -> dict[str, str | None]:
+    return find_engine_problems(sorted({_get_architecture(family) for family in FAMILIES}))
 
 
 def _format_error(error: float) -> str:

@@ -33,23 +33,25 @@ from rluf.utils.stats import Floats, sigmoid
 logger = logging.getLogger(__name__)
 
 MAX_PROPENSITY_WEIGHT = 10.0
-"""Largest weight of a reaction. A row of median propensity weighs 1, so that half of the rows are never bounded,
-however far the others are from them."""
+"""Largest weight of a reaction. The reaction of median propensity weighs 1, so that half of the reactions are never
+bounded, however far the others are from them."""
 FIT_ITERATIONS = 40
 INITIAL_USER_SD = 0.5
 """Starting value of the users' standard deviation in log-odds, which is fitted too."""
 
 
 def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacted: bool = False) -> Floats:
-    """Factors [N] on the row weights: 1 / theta for rows with a reaction, theta = propensity [N] / its median.
+    """Factors [N] on the row weights: 1 / theta for reactions, theta = propensity [N] / its median over reactions.
 
     The unbiased loss is (Y / theta) l(1) + (1 - Y / theta) l(0) (Saito et al. 2020, arXiv 1909.03601). Its second
     factor can be negative, which leaves the loss without a lower bound; (1 - Y) in its place differs by less than the
     reaction rate, which is small. With `all_reacted` every row is a reaction (up or down) and weighs 1 / theta.
     """
-    bounded = np.maximum(propensity, 1e-12)
-    factors = np.minimum(float(np.median(bounded)) / bounded, MAX_PROPENSITY_WEIGHT)
-    return np.asarray(factors if all_reacted else np.where(labels > 0.5, factors, 1.0), dtype=np.float64)
+    bounded, has_reaction = np.maximum(propensity, 1e-12), (labels > 0.5) | all_reacted
+    # Rows that nobody reacts to, as of a client without the buttons, must not set the scale of the others.
+    median = float(np.median(bounded[has_reaction])) if has_reaction.any() else 1.0
+    factors = np.minimum(median / bounded, MAX_PROPENSITY_WEIGHT)
+    return np.where(has_reaction, factors, 1.0)
 
 
 MIN_VERSION_SHARE = 0.02

@@ -148,7 +148,8 @@ class PolicyDeployment:
         set_vllm_environment(self._settings)
         engine = RolloutEngine(f"policy {version}", 0, self._settings, policy_folder)
         await engine.start()
-        self._tokenizer = load_tokenizer(policy_folder)
+        trust_remote_code = self._settings.model.trust_remote_code
+        self._tokenizer = load_tokenizer(policy_folder, trust_remote_code=trust_remote_code)
         self._serve_version(engine, ShmSender(), policy_folder, version)
 
     def _serve_version(self, engine: RolloutEngine, sender: WeightSender, policy_folder: Path, version: str) -> None:
@@ -222,8 +223,7 @@ def iter_weight_buckets(folder: Path, manifest: WeightManifest) -> Iterator[list
                 remaining_names.remove(name)
                 bucket.append((name, tensor))
                 # Checkpoints with tied embeddings store one tensor for both, but the engine expects both names.
-                if name == manifest.lm_head_source:
-                    bucket.append(("lm_head.weight", tensor))
+                bucket += [(tied_name, tensor) for tied_name, source in manifest.tied_sources.items() if source == name]
                 bucket_bytes += tensor.numel() * tensor.element_size()
                 if bucket_bytes >= BUCKET_BYTES:
                     yield bucket

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
-from rluf.backends.weight_transfer.base import WeightManifest, read_checkpoint_shapes
+from rluf.backends.vllm.architectures import find_engine_problems
+from rluf.backends.weight_transfer.base import WeightManifest, has_tied_embeddings, read_checkpoint_shapes
+from rluf.backends.weight_transfer.lora import read_linear_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
@@ -45,12 +47,13 @@ MAX_NAMED_WEIGHTS = 4
 
 
 def check_policy(settings: Settings, model_path: Path) -> None:
-    """Check weights, batch layout, token ids, chat template, turn end, context window and memory; log each result.
+    """Check engine support, weights, batch layout, token ids, chat template, window and memory; log each result.
 
     Raises ModelError, SettingsError or ResourceError on the first that fails, with what to do.
     """
     check_causal_lm(model_path)
     checks: dict[str, Callable[[Settings, Path], str]] = {
+        "engine": check_engine_support,
         "context window": check_context_window,
         "tensor parallel": check_tensor_parallel,
         "weight names": check_weight_names,
@@ -74,6 +77,22 @@ def check_training(settings: Settings) -> None:
     with ray_connection():
         gaps = run_coroutine(compare_engine_and_learner(settings, model_path))
     logger.info("check: passed, largest gap of engine and learner %.2g nats per token", max(gaps))
+
+
+def check_engine_support(settings: Settings, model_path: Path) -> str:
+    """The installed vLLM must have a model for the architecture, or be able to run that of transformers."""
+    config = read_model_config(model_path, settings.model.trust_remote_code)
+    architecture = (config.architectures or [""])[0]
+    problem = find_engine_problems([architecture])[architecture]
+    if problem == "missing":
+        raise ModelError(
+            f"{model_path} cannot be trained: the installed vLLM has no model for {architecture} and cannot run that "
+            "of transformers; use another model"
+        )
+    # On a machine without GPUs some of vLLM's models for GPUs cannot be imported.
+    if problem and not settings.policy_gpus:
+        raise ModelError(f"vLLM cannot import its model for {architecture}: {problem}; install what is missing")
+    return f"not known whether vLLM can run {architecture}" if problem is None else f"vLLM can run {architecture}"
 
 
 def check_context_window(settings: Settings, model_path: Path) -> str:
@@ -149,20 +168,16 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
             "merged into weights that an engine reads; set learner.lora_rank=0"
         )
     sent_shapes = dict(_iter_sent_shapes(model))
-    manifest = WeightManifest(model_path, bool(model.config.get_text_config().tie_word_embeddings))
-    expected_shapes = manifest.expected_shapes
+    config = read_model_config(model_path, settings.model.trust_remote_code)
+    expected_shapes = WeightManifest(model_path, has_tied_embeddings(config)).expected_shapes
     not_sent, not_expected = expected_shapes.keys() - sent_shapes.keys(), sent_shapes.keys() - expected_shapes.keys()
     misshapen = [
         name for name in expected_shapes.keys() & sent_shapes.keys() if expected_shapes[name] != sent_shapes[name]
     ]
-    tied_names = getattr(model, "_tied_weights_keys", None) or {}
-    if not_expected and not_expected <= set(tied_names):
-        head_name = min(not_expected)
-        source_name = tied_names[head_name] if isinstance(tied_names, dict) else "an embedding"
+    if not_expected and not_expected <= set(getattr(model, "_tied_weights_keys", None) or ()):
         raise ModelError(
-            f"{model_path} cannot be trained: its output head {head_name} is tied to {source_name}, and engines update "
-            "a tied head from embed_tokens.weight alone; save it with a head of its own (tie_word_embeddings=False) or "
-            "use another model"
+            f"{model_path} cannot be trained: its output head {min(not_expected)} is tied to a weight that its code "
+            "does not name; save it with a head of its own (tie_word_embeddings=False) or use another model"
         )
     for names, problem in (
         (not_sent, "the checkpoint has weights that the learner does not send"),
@@ -175,15 +190,15 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
             )
     if settings.learner.lora_rank:
-        _check_adapters(model, settings.learner.lora_rank, model_path)
+        _check_adapters(model, settings, model_path)
     return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
 
 
-def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
-    """Raise SettingsError if adapters cannot be added to the model or merged into its weights."""
+def _check_adapters(model: Any, settings: Settings, model_path: Path) -> None:
+    """Raise SettingsError if adapters cannot be added to the model, merged into its weights, or sent as they are."""
     problem = ""
     try:
-        adapters = find_lora_adapters(add_lora_adapters(model, lora_rank))
+        adapters = find_lora_adapters(add_lora_adapters(model, settings.learner.lora_rank))
     except (ValueError, NotImplementedError) as error:
         adapters, problem = {}, (str(error).splitlines() or [type(error).__name__])[0]
     weights = {get_checkpoint_name(name): weight for name, weight in model.named_parameters()}
@@ -195,7 +210,15 @@ def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
             break
     if problem:
         raise SettingsError(
-            f"learner.lora_rank={lora_rank}: adapters do not fit {model_path}: {problem}; set learner.lora_rank=0"
+            f"learner.lora_rank={settings.learner.lora_rank}: adapters do not fit {model_path}: {problem}; set "
+            "learner.lora_rank=0"
+        )
+    different_names = sorted(read_linear_shapes(model_path).keys() ^ adapters.keys())
+    if settings.weight_sync.transport == "lora" and different_names:
+        raise SettingsError(
+            f"weight_sync.transport=lora: engines expect an adapter for each matrix of {model_path} but embeddings and "
+            f"the output head, and the learner's are for others ({_name_some(different_names)}); set "
+            "weight_sync.transport=shm"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
-from rluf.backends.vllm.engine import format_cause
+from rluf.backends.vllm.engine import advise_on_memory, format_cause
 
 
 class Picky(BaseModel):
@@ -69,3 +69,40 @@ def make_error(kind: str) -> BaseException:
 )
 def test_the_cause_is_found_in_every_kind_of_chain(kind: str, expected: str) -> None:
     assert format_cause(make_error(kind)) == expected
+
+
+@pytest.mark.parametrize(
+    ("reason", "cpu_advice", "gpu_advice"),
+    [
+        ("MemoryError: no message", "lower rollout.kv_cache_gib", "lower rollout.gpu_memory_share"),
+        (
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+            "lower rollout.kv_cache_gib",
+            "lower rollout.gpu_memory_share",
+        ),
+        ("OSError: [Errno 12] Cannot allocate memory", "lower rollout.kv_cache_gib", "lower rollout.gpu_memory_share"),
+        (
+            "ValueError: Free memory on device (3.1/23.5 GiB) on startup is less than desired GPU memory utilization",
+            "lower rollout.kv_cache_gib",
+            "lower rollout.gpu_memory_share",
+        ),
+        (
+            "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+            "raise rollout.kv_cache_gib",
+            "raise rollout.gpu_memory_share",
+        ),
+        (
+            "ValueError: To serve at least one request (257), (0.2 GiB KV cache is needed, which is larger than the "
+            "available KV cache memory (0.1 GiB)",
+            "raise rollout.kv_cache_gib",
+            "raise rollout.gpu_memory_share",
+        ),
+        ("KeyError: 'model.layers.0.memory.weight'", "", ""),
+        ("ValueError: /models/memory-7b has no tokenizer", "", ""),
+        ("RuntimeError: Engine core initialization failed", "", ""),
+    ],
+)
+def test_advice_about_memory_fits_the_error_and_the_device(reason: str, cpu_advice: str, gpu_advice: str) -> None:
+    for advice, on_gpu in ((cpu_advice, False), (gpu_advice, True)):
+        answer = advise_on_memory(reason, on_gpu=on_gpu)
+        assert answer.startswith(f"; {advice}") if advice else not answer

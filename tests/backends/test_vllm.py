@@ -80,3 +80,24 @@ def test_gpu_engines_decode_with_cuda_graphs_by_default(overrides: list[str], is
     arguments = RolloutEngine("rollout 0", 0, settings, model_folder)._build_engine_args()
     assert arguments.enforce_eager is is_eager
     assert arguments.distributed_executor_backend.__name__ == executor  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "caches_prefixes"),
+    [
+        ("LlamaForCausalLM", [], True),
+        ("Mamba2ForCausalLM", [], False),
+        ("FalconH1ForCausalLM", [], False),
+        ("Lfm2ForCausalLM", [], False),
+        ("Mamba2ForCausalLM", ["cluster.gpus_per_engine=1"], True),
+        ("LlamaForCausalLM", ["run.deterministic=true"], False),
+    ],
+)
+def test_cpu_engines_do_not_cache_the_prefixes_of_recurrent_layers(
+    architecture: str, overrides: list[str], caches_prefixes: bool, tmp_path: Path
+) -> None:
+    """vLLM's CPU build refused these models: it caches a state in chunks only, which are off there."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    settings = load_settings(None, overrides).settings
+    arguments = RolloutEngine("rollout 0", 0, settings, tmp_path)._build_engine_args()
+    assert arguments.enable_prefix_caching is caches_prefixes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,16 +123,19 @@ def test_the_watch_of_the_parent_starts_before_the_model_is_loaded(
     assert calls == ["watch", "load"]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("head_path", "is_loaded"),
     [("", False), ("lm_head", True), ("language_model.lm_head", True), ("score_head", False)],
 )
 def test_a_tied_head_is_loaded_where_the_engines_model_has_one(
-    head_path: str, is_loaded: bool, engine: worker.CheckedTransferEngine, tmp_path: Path
+    model_type: str, head_path: str, is_loaded: bool, engine: worker.CheckedTransferEngine, tmp_path: Path
 ) -> None:
     """Gemma has none in vLLM, which refuses the weight; the learner sends it all the same."""
-    embedding = {"model.embed_tokens.weight": torch.randn(3, 4)}
+    embedding_name = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[model_type]
+    embedding = {embedding_name: torch.randn(3, 4)}
     save_file(embedding, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     engine.model_config.hf_config.tie_word_embeddings = True
     module = engine.model
     for name in head_path.split(".") if head_path else []:
@@ -139,7 +143,7 @@ def test_a_tied_head_is_loaded_where_the_engines_model_has_one(
         module = module.get_submodule(name)
     sender = ShmSender()
     connect(engine, sender)
-    receive(engine, sender, {**embedding, "lm_head.weight": embedding["model.embed_tokens.weight"]})
+    receive(engine, sender, {**embedding, "lm_head.weight": embedding[embedding_name]})
     engine.finish_weight_update()
     assert engine.problem is None
     assert set(engine.model.loaded) == {*embedding, *(["lm_head.weight"] if is_loaded else [])}

@@ -1,5 +1,7 @@
+import ast
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -207,3 +209,20 @@ def list_error_classes(error_class: type[RlufError] = RlufError) -> list[type[Rl
 def test_every_exit_code_is_documented(error_class: type[RlufError]) -> None:
     rows = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8").splitlines()
     assert any(row.startswith(f"| {error_class.exit_code} | `{error_class.__name__}` |") for row in rows)
+
+
+def test_every_setting_to_change_after_exit_code_1_is_documented() -> None:
+    """A plain RlufError ends a run that diverged; the table says what to lower."""
+    root = Path(__file__).parents[2]
+    lines = (root / "docs" / "errors.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith("| 1 |")]
+    messages = [
+        ast.unparse(node)
+        for folder in ("rluf", "actors", "cluster")
+        for file in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and ast.unparse(node).startswith("raise RlufError(")
+    ]
+    settings = {name for message in messages for name in re.findall(r"lower ([a-z_]+\.(?:<name>\.)?[a-z_]+)", message)}
+    assert len(settings) >= 3
+    assert not [name for name in settings if f"`{name}`" not in row]

@@ -25,7 +25,7 @@ from rluf.reward.text import EncodedItem
 def test_reactions_of_low_propensity_weigh_more_up_to_ten_times() -> None:
     propensity, labels = np.asarray([0.4, 0.1, 0.2, 0.001]), np.asarray([1.0, 1, 0, 1])
     weights = compute_propensity_weights(propensity, labels)
-    assert weights.tolist() == pytest.approx([0.15 / 0.4, 1.5, 1.0, MAX_PROPENSITY_WEIGHT])
+    assert weights.tolist() == pytest.approx([0.25, 1.0, 1.0, MAX_PROPENSITY_WEIGHT])
     thumb_weights = compute_propensity_weights(np.asarray([0.4, 0.1]), np.asarray([1.0, 0]), all_reacted=True)
     assert thumb_weights[1] / thumb_weights[0] == pytest.approx(4.0)
 
@@ -204,6 +204,16 @@ def test_propensities_of_most_rows_keep_their_ratio(low: int, high: int, others:
     weights = compute_propensity_weights(propensity, np.ones(len(propensity)), all_reacted=True)
     assert weights[0] / weights[low] == pytest.approx(ratio)
     assert weights.max() <= MAX_PROPENSITY_WEIGHT
+
+
+@pytest.mark.parametrize(("silent_rows", "silent_propensity"), [(0, 0.001), (700, 0.001), (5000, 0.9)])
+def test_rows_without_a_reaction_do_not_set_the_scale_of_reactions(silent_rows: int, silent_propensity: float) -> None:
+    """As of a client without the buttons: its few reactions would weigh 50 times as much as all others."""
+    propensity = np.asarray([0.001] * 4 + [0.05] * 20 + [silent_propensity] * silent_rows)
+    labels = np.asarray([1.0] * 24 + [0.0] * silent_rows)
+    weights = compute_propensity_weights(propensity, labels)
+    assert weights[:24].tolist() == pytest.approx([MAX_PROPENSITY_WEIGHT] * 4 + [1.0] * 20)
+    assert (weights[24:] == 1.0).all()
 
 
 @pytest.mark.parametrize("propensity", [[0.0, 0.0, 0.0], [0.2, 0.2, 0.2], [1.0]])

@@ -84,6 +84,10 @@ TOKENIZERS = {
     ),
     "padded on the left": ({"pad_token": "<|im_end|>", "padding_side": "left"}, ENDS_IN_EOS),
     "pad is a letter": ({"pad_token": "e"}, PLAIN_TURNS),
+    "turns end in eos twice": ({"pad_token": "<|im_end|>"}, ENDS_IN_EOS.replace("<|im_end|>", "<|im_end|><|im_end|>")),
+    "turns end in eos and a space": ({"pad_token": None}, ENDS_IN_EOS.replace("<|im_end|>", "<|im_end|> ")),
+    "pad is the begin token (Phi 3)": ({"pad_token": "<|im_start|>", "bos_token": "<|im_start|>"}, ENDS_IN_EOS),
+    "pad is the newline that ends turns": ({"pad_token": "Ċ"}, PLAIN_TURNS),
     "no special tokens at all": (
         dict.fromkeys(("pad_token", "unk_token", "bos_token", "eos_token")),
         PLAIN_TURNS,
@@ -111,6 +115,8 @@ def test_training_calibration_scoring_and_plain_transformers_pool_at_the_same_to
     model = load_classifier(saved, require_all_weights=True)
     encoder = build_text_encoder(model, saved, 64, mark_truncated=mark_truncated)
     items = [item._replace(is_truncated=index % 2 == 0) for index, item in enumerate(build_items(6))]
+    items[1] = items[1]._replace(response="")
+    items[2] = items[2]._replace(response="see eee<|im_end|><|endoftext|>\n\n")
     records = [
         {"messages": item.messages, "response": item.response, "label": index % 2, "weight": 1.0, "user_id": str(index),
          "finish_reason": "length" if item.is_truncated else "stop"}

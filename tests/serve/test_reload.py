@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rluf.backends.vllm import engine as vllm_engine
 from rluf.backends.vllm.engine import RolloutEngine
 from rluf.backends.weight_transfer.base import WeightManifest
 from rluf.backends.weight_transfer.shm import ShmSender
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError
+from rluf.models import hub
 from rluf.serve.policy_deployment import PolicyDeployment, iter_weight_buckets
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+WTE = "transformer.wte.weight"
 PLAIN = {EMBEDDINGS: (8, 4), NORM: (4,)}
 
 
@@ -57,7 +60,7 @@ def write_policy_folder(
     folder.mkdir()
     for name, file_shapes in {"model": shapes, **files}.items():
         save_file({key: torch.zeros(shape) for key, shape in file_shapes.items()}, folder / f"{name}.safetensors")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2" if WTE in shapes else "llama"}))
     return folder
 
 
@@ -86,8 +89,9 @@ async def reload_policy(policy: PolicyDeployment, folder: Path, version: str) ->
         (PLAIN | {HEAD: (8, 4)}, False),
         ({"language_model.model.embed_tokens.weight": (8, 4), NORM: (4,)}, True),
         (PLAIN | {FREQUENCIES: (2,)}, True),
+        ({WTE: (8, 4), NORM: (4,)}, True),
     ],
-    ids=["tied", "tied and stored", "untied", "another prefix", "frequencies"],
+    ids=["tied", "tied and stored", "untied", "another prefix", "frequencies", "gpt2"],
 )
 async def test_the_engine_gets_the_weights_that_it_expects(
     shapes: Mapping[str, tuple[int, ...]], is_tied: bool, tmp_path: Path
@@ -97,6 +101,33 @@ async def test_the_engine_gets_the_weights_that_it_expects(
     assert await policy.describe() == "two"
     assert not engine.is_paused
     await policy.check_health()
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+async def test_a_tokenizer_with_code_of_its_own_is_read_as_the_settings_say(
+    trust_remote_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[bool] = []
+
+    class StartedEngine(StubEngine):
+        def __init__(self, name: str, engine_index: int, settings: Settings, model_folder: Path) -> None:
+            super().__init__(model_folder, is_tied=True)
+
+        async def start(self) -> None:
+            pass
+
+    monkeypatch.setattr(vllm_engine, "RolloutEngine", StartedEngine)
+    monkeypatch.setattr(hub, "load_tokenizer", lambda folder, *, trust_remote_code: trusted.append(trust_remote_code))
+    settings = Settings.model_validate({"model": {"trust_remote_code": trust_remote_code}})
+    policy = PolicyDeployment(settings.model_dump_json())
+    await policy._start_engine(write_policy_folder(tmp_path / "one", PLAIN), "one")
+    assert trusted == [trust_remote_code]
+
+
+def test_a_tied_head_is_sent_as_its_embedding_whatever_that_is_called(tmp_path: Path) -> None:
+    folder = write_policy_folder(tmp_path / "one", {WTE: (8, 4), NORM: (4,)})
+    sent = [name for bucket in iter_weight_buckets(folder, WeightManifest(folder, True)) for name, _ in bucket]
+    assert sorted(sent) == sorted([WTE, HEAD, NORM])
 
 
 async def test_a_tied_head_may_be_stored_in_one_version_and_not_in_the_next(tmp_path: Path) -> None:

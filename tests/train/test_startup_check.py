@@ -224,7 +224,7 @@ def test_the_whole_check_passes_for_the_tiny_model(tmp_path: Path, caplog: pytes
     settings = Settings.model_validate({"model": {"path": "tiny"}, "run": {"cache": str(tmp_path)}})
     with caplog.at_level("INFO"):
         check_policy(settings, resolve_policy(settings))
-    assert sum(message.startswith("check: ") for message in caplog.messages) == 9
+    assert sum(message.startswith("check: ") for message in caplog.messages) == 10
     assert "check: batch layout: packed" in caplog.text
 
 

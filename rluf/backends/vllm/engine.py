@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rluf.backends.vllm.core_process import fork_core_process
+from rluf.backends.weight_transfer.base import has_tied_embeddings
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
     check_adapter,
@@ -128,8 +130,6 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            if self.settings.cluster.gpus_per_engine == 0:
-                _inspect_model_in_process(self.model_folder)
             config = self._build_engine_args().create_engine_config()
         except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise ModelError(
@@ -140,8 +140,7 @@ class RolloutEngine:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             reason = format_cause(error)
-            is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
-            advice = "; lower rollout.kv_cache_gib or rollout.concurrency" if is_memory else ""
+            advice = advise_on_memory(reason, on_gpu=self.settings.cluster.gpus_per_engine > 0)
             raise ResourceError(
                 f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
                 "message is in this actor's log"
@@ -290,7 +289,7 @@ class RolloutEngine:
     @property
     def has_tied_embeddings(self) -> bool:
         """Whether the output head of the running model is its embeddings."""
-        return bool(getattr(self._require_engine().model_config.hf_config, "tie_word_embeddings", False))
+        return has_tied_embeddings(self._require_engine().model_config.hf_config)
 
     def get_health(self) -> dict[str, Any]:
         """Name, weight version, running samples, and whether vLLM's core process is alive."""
@@ -338,15 +337,23 @@ class RolloutEngine:
         rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
         # One more, since compute_logprobs samples a token after the longest prompt and response.
         max_model_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens + 1
+        # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
+        caches_prefixes = not self.settings.run.deterministic
         device_args: dict[str, Any]
         if on_gpu:
-            device_args = {"gpu_memory_utilization": rollout.gpu_memory_share}
+            device_args = {
+                "gpu_memory_utilization": rollout.gpu_memory_share,
+                "enable_prefix_caching": caches_prefixes,
+            }
         else:
+            keeps_state = _keeps_recurrent_state(self.model_folder)
             device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
                 "block_size": CPU_KV_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which vLLM's CPU build cannot: the core dies.
                 "enable_chunked_prefill": False,
+                # vLLM caches the state of a recurrent layer (Mamba, linear attention) only in chunks.
+                "enable_prefix_caching": caches_prefixes and not keeps_state,
                 "max_num_batched_tokens": max(MAX_CPU_STEP_TOKENS, max_model_tokens, rollout.concurrency),
             }
         transport = self.settings.weight_sync.transport
@@ -373,8 +380,6 @@ class RolloutEngine:
             max_model_len=max_model_tokens,
             max_num_seqs=rollout.concurrency,
             enforce_eager=rollout.eager or not on_gpu,
-            # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
-            enable_prefix_caching=not self.settings.run.deterministic,
             # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=self.settings.tensor_parallel,
@@ -537,18 +542,35 @@ def list_core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _inspect_model_in_process(model_folder: Path) -> None:
-    """Let vLLM inspect the model's class in this process.
+def _keeps_recurrent_state(model_folder: Path) -> bool:
+    """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
 
-    By default it starts a process only for that (so as not to touch CUDA here), which costs 5 to 15 s on the first run
-    on a machine. An architecture that vLLM does not know is left to vLLM's own error.
+    Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA
+    here), which costs 5 to 15 s on the first run on a machine. An architecture that vLLM does not know is left to
+    vLLM's own error.
     """
+    from vllm.model_executor.models.interfaces import has_inner_state, is_hybrid
     from vllm.model_executor.models.registry import ModelRegistry
 
+    is_recurrent = False
     for architecture in json.loads((model_folder / "config.json").read_text()).get("architectures") or []:
         registered_model = ModelRegistry.models.get(architecture)
         if registered_model is not None:
-            ModelRegistry.register_model(architecture, registered_model.load_model_cls())
+            model_class = registered_model.load_model_cls()
+            ModelRegistry.register_model(architecture, model_class)
+            is_recurrent |= has_inner_state(model_class) or is_hybrid(model_class)
+    return is_recurrent
+
+
+def advise_on_memory(reason: str, *, on_gpu: bool) -> str:
+    """What to do about the error of an engine's start with this `reason`; empty if it is not about memory."""
+    setting = "rollout.gpu_memory_share" if on_gpu else "rollout.kv_cache_gib"
+    if re.search(r"No available memory for the cache|larger than the available KV cache", reason):
+        return f"; raise {setting}, or lower rollout.max_prompt_tokens or rollout.max_response_tokens"
+    # Not the word alone, which the name of a weight or a path may contain.
+    if re.search(r"MemoryError|out of memory|(available|free|enough|allocate) memory", reason, re.IGNORECASE):
+        return f"; lower {setting} or rollout.concurrency"
+    return ""
 
 
 def format_cause(error: BaseException | None) -> str:

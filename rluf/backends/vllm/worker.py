@@ -23,7 +23,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rluf.backends.weight_transfer import RECEIVED_TRANSPORTS, create_weight_receiver
-from rluf.backends.weight_transfer.base import WeightManifest, WeightReceiver
+from rluf.backends.weight_transfer.base import WeightManifest, WeightReceiver, has_tied_embeddings
 from rluf.errors import RlufError
 from rluf.utils.parent_watch import exit_with_parent
 
@@ -104,8 +104,8 @@ class CheckedTransferEngine(WeightTransferEngine[TransferInitInfo, BucketUpdateI
     def start_weight_update(self) -> None:
         """Prepare every layer for new weights (complete layers were repacked for the CPU's kernels)."""
         if self._manifest is None:
-            has_tied_embeddings = bool(getattr(self.model_config.hf_config, "tie_word_embeddings", False))
-            self._manifest = WeightManifest(Path(self.model_config.model), has_tied_embeddings)
+            is_tied = has_tied_embeddings(self.model_config.hf_config)
+            self._manifest = WeightManifest(Path(self.model_config.model), is_tied)
         self._manifest.reset()
         self.problem = None
         initialize_layerwise_reload(self.model)
@@ -124,9 +124,10 @@ class CheckedTransferEngine(WeightTransferEngine[TransferInitInfo, BucketUpdateI
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         # Some models (Gemma) compute logits from the embedding itself, and vLLM refuses a head that they do not have.
-        if not any(name.rpartition(".")[2] == "lm_head" for name, _ in self.model.named_modules()):
-            weights = ((name, weight) for name, weight in weights if name != "lm_head.weight")
-        return self.model.load_weights(weights)
+        module_names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+        tied_names = self._manifest.tied_sources if self._manifest is not None else {}
+        ignored_names = {name for name in tied_names if name.split(".")[-2] not in module_names}
+        return self.model.load_weights((name, weight) for name, weight in weights if name not in ignored_names)
 
     def finish_weight_update(self) -> None:
         """Put the new weights in place and record missing tensors."""

@@ -1,7 +1,7 @@
 """Protocols of weight transfer, and the manifest that makes an engine refuse a wrong or partial update.
 
 The learner sends buckets of named tensors to every engine, in lockstep. Tensors have the names of the Hugging Face
-checkpoint. With tied embeddings `lm_head.weight` is sent too: engines have a repacked copy of it.
+checkpoint. An output head that is tied to the embedding is sent too, under its own name: engines have a repacked copy.
 
 Neither this module nor any transport imports vLLM or Ray at its top, so a learner pays for vLLM only when it syncs over
 NCCL.
@@ -9,6 +9,7 @@ NCCL.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -75,19 +76,19 @@ class WeightReceiver(Protocol):
 class WeightManifest:
     """Tensors that one update must contain, by name and shape, and those received so far.
 
-    The list is that of the checkpoint the engine started from, plus lm_head.weight when embeddings are tied: the
-    engine's output head is a repacked copy, and without an update it silently remains at the old weights.
+    The list is that of the checkpoint the engine started from, plus the output head when it is tied to the embedding:
+    the engine's head is a repacked copy, and without an update it silently remains at the old weights.
     """
 
     def __init__(self, model_folder: Path, has_tied_embeddings: bool) -> None:
         """Read names and shapes from the safetensors headers in `model_folder`."""
         self.expected_shapes = read_checkpoint_shapes(model_folder)
-        self.lm_head_source: str | None = None
-        """The tensor sent as lm_head.weight too, where embeddings are tied and the folder contains no head."""
-        embeddings = [name for name in self.expected_shapes if name.endswith("embed_tokens.weight")]
-        if has_tied_embeddings and "lm_head.weight" not in self.expected_shapes and len(embeddings) == 1:
-            self.lm_head_source = embeddings[0]
-            self.expected_shapes["lm_head.weight"] = self.expected_shapes[self.lm_head_source]
+        self.tied_sources: dict[str, str] = {}
+        """For each tied weight that the folder leaves out (mostly lm_head.weight), the tensor that is sent for it."""
+        if has_tied_embeddings:
+            self.tied_sources = find_tied_sources(model_folder, self.expected_shapes)
+        for name, source_name in self.tied_sources.items():
+            self.expected_shapes[name] = self.expected_shapes[source_name]
         self._received_names: set[str] = set()
 
     def reset(self) -> None:
@@ -112,6 +113,34 @@ class WeightManifest:
         if missing:
             examples = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
             raise WeightSyncError(f"{len(missing)} of {len(self.expected_shapes)} tensors were not sent: {examples}")
+
+
+def has_tied_embeddings(config: Any) -> bool:
+    """Whether the output head of a model is its embedding, by its config or that of its language model."""
+    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    return any(getattr(part, "tie_word_embeddings", False) for part in configs)
+
+
+def find_tied_sources(model_folder: Path, stored_names: Iterable[str]) -> dict[str, str]:
+    """Weights that the folder leaves out because they are tied, each with the stored weight that it is tied to.
+
+    transformers knows the pair of each architecture. For code in the folder or names of an older release it is
+    lm_head.weight and the only embedding.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = set(stored_names)
+    config_file = model_folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    tied_names = getattr(getattr(transformers, class_name, None), "_tied_weights_keys", None) if class_name else None
+    if isinstance(tied_names, dict) and (
+        sources := {name: source for name, source in tied_names.items() if source in names and name not in names}
+    ):
+        return sources
+    embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
+    return {"lm_head.weight": embeddings[0]} if "lm_head.weight" not in names and len(embeddings) == 1 else {}
 
 
 def list_checkpoint_files(model_folder: Path) -> list[Path]:

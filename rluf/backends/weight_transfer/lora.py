@@ -21,6 +21,8 @@ LORA_A_SUFFIX, LORA_B_SUFFIX = "lora_A.weight", "lora_B.weight"
 PEFT_NAME_PREFIX = "base_model.model."
 """PEFT's prefix of module names."""
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+NAMES_WITHOUT_ADAPTER = ("embed", "lm_head", ".wte.", ".wpe.")
+"""Parts of the names of embeddings, GPT-2's too, and of output heads."""
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts as max_lora_rank."""
 
@@ -103,7 +105,7 @@ def read_linear_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
     return {
         name: shape
         for name, shape in read_checkpoint_shapes(model_folder).items()
-        if len(shape) == 2 and name.endswith(".weight") and not any(word in name for word in ("embed", "lm_head"))
+        if len(shape) == 2 and name.endswith(".weight") and not any(word in name for word in NAMES_WITHOUT_ADAPTER)
     }
 
 

@@ -1,0 +1,59 @@
+"""Whether the installed vLLM can run an architecture, found out without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+IMPORT_MODELS = """
+import json, sys, vllm
+problems = {}
+for name in sys.argv[1:]:
+    model = vllm.ModelRegistry.models.get(name)
+    try:
+        problems[name] = "" if model is None else str(model.load_model_cls() and "")
+    except ImportError as error:
+        problems[name] = f"{type(error).__name__}: {error}"
+print(json.dumps([sorted(vllm.ModelRegistry.models), problems]))
+"""
+IMPORT_TIMEOUT_S = 300
+
+
+def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
+    """Why the installed vLLM cannot run each architecture: "missing", or the error of the import of its model.
+
+    "" where it can, None where that is not known: for code of the model's own, and where vLLM is not installed here.
+    """
+    import transformers
+
+    classes = {name: getattr(transformers, name, None) for name in architectures}
+    model_classes: dict[str, Any] = {
+        name: model if hasattr(model, "is_backend_compatible") else None for name, model in classes.items()
+    }
+    # vLLM can run these models of transformers. Asking it about others takes seconds, as it has to be imported.
+    other_names = [name for name, model in model_classes.items() if model and not model.is_backend_compatible()]
+    registered_names, import_problems = _import_models(other_names) if other_names else ([], {})
+    problems: dict[str, str | None] = {name: None if model is None else "" for name, model in model_classes.items()}
+    for name in other_names:
+        is_missing = name not in registered_names and not model_classes[name]._can_set_attn_implementation()
+        problems[name] = None if not registered_names else "missing" if is_missing else import_problems[name]
+    return problems
+
+
+def _import_models(architectures: Sequence[str]) -> tuple[Sequence[str], Mapping[str, str]]:
+    """All architectures that vLLM has a model for, and the error of the import of each of `architectures`."""
+    # In a process of its own: vLLM sets up logging and threads of the process that imports it.
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ""}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", IMPORT_MODELS, *architectures],
+            capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=True, env=environment,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return [], {}
+    answer: Any = json.loads(result.stdout.splitlines()[-1])
+    return answer[0], answer[1]
