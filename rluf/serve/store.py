@@ -54,6 +54,8 @@ from rluf.serve.parquet_folder import ParquetFolder
 from rluf.serve.store_database import (
     DATABASE_FILE,
     add_late_reactions,
+    build_checksum,
+    build_checksum_update,
     erase_from_database,
     find_choice_ids,
     list_open_rows,
@@ -75,6 +77,7 @@ WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
 _CONTENT_FIELDS = ("user_id", "conversation_id", "messages", "response")
 MAX_ROWS_PER_FILE = 20_000
 """Maximum number of settled rows per Parquet file, before the files of a day are merged."""
+DAY_S = 86_400.0
 MERGE_AGE = timedelta(days=2)
 """Age of a day whose files are merged: readers that started on the day itself have finished by then."""
 REPLACES_KEY = b"rluf.replaces"
@@ -184,19 +187,23 @@ class FeedbackStore(ParquetFolder):
         """Write the settled records of a table; returns their number."""
         connection, damaged_rows, count = self._require_open(), self._damaged_rows[table], 0
         columns = "id, record, content, reaction, continued" if table == "rows" else "record"
+        is_damaged = f"checksum IS NOT NULL AND checksum <> {build_checksum(table)}"
         query = (
-            f"SELECT rowid, id, received_at, {columns} FROM {table} WHERE record IS NOT NULL AND received_at <= ? "
-            "AND rowid NOT IN (SELECT value FROM json_each(?)) ORDER BY received_at, rowid LIMIT ?"
+            f"SELECT rowid, id, received_at, {is_damaged}, {columns} FROM {table} WHERE record IS NOT NULL "
+            # A time that the disk moved to the future would keep its row from ever being looked at.
+            f"AND (received_at <= :settled OR received_at IS NULL OR (received_at > :future AND {is_damaged})) "
+            "AND rowid NOT IN (SELECT value FROM json_each(:damaged)) ORDER BY received_at, rowid LIMIT :limit"
         )
+        values_by_name = {"settled": settled_before, "future": self.clock() + DAY_S, "limit": MAX_ROWS_PER_FILE}
         while rows := connection.execute(
-            query, (settled_before, json.dumps(sorted(damaged_rows)), MAX_ROWS_PER_FILE)
+            query, values_by_name | {"damaged": json.dumps(sorted(damaged_rows))}
         ).fetchall():
             records, times = [], []
-            for row_number, row_id, received_at, *values in rows:
+            for row_number, row_id, received_at, is_row_damaged, *values in rows:
                 try:
                     record = parse_record(*values)
                     # Another id would be written again and again, since the row of this one stays open.
-                    if record.id != row_id:  # type: ignore[attr-defined]
+                    if is_row_damaged or record.id != row_id:  # type: ignore[attr-defined]
                         raise self._build_damage_error(row_id, table)
                     _format_day(received_at)
                 except (DataError, ValueError, TypeError, OverflowError, OSError):
@@ -328,15 +335,19 @@ class FeedbackStore(ParquetFolder):
                 return "unknown"
             # Only the same user continues: anybody may name the conversation of another one.
             connection.execute(
-                "UPDATE rows SET continued = 1 WHERE conversation_id = ? AND turn < ? "
+                f"UPDATE rows SET continued = 1, checksum = {build_checksum_update('rows', continued='1')} "
+                "WHERE conversation_id = ? AND turn < ? AND continued = 0 "
                 "AND CASE WHEN json_valid(record) THEN json_extract(record, '$.user_id') END = ?",
                 (record.conversation_id, record.turn, record.user_id),
             )
+            new_checksum = build_checksum(
+                "rows", id=":id", record=":record", reaction=":reaction", continued="0", received_at=":time"
+            )
             connection.execute(
-                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record, content) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (event.id, event.reaction, received_at, record.conversation_id, record.turn, record.model_dump_json(),
-                 content),
+                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record, content, checksum) "
+                f"VALUES (:id, :reaction, :time, :conversation, :turn, :record, :content, {new_checksum})",
+                {"id": event.id, "reaction": event.reaction, "time": received_at, "turn": record.turn,
+                 "conversation": record.conversation_id, "record": record.model_dump_json(), "content": content},
             )  # fmt: skip
             return "stored"
         reaction, is_open, stored_content = stored
@@ -345,7 +356,10 @@ class FeedbackStore(ParquetFolder):
         # A report of the response that arrives again, perhaps after a reaction, withdraws nothing.
         if reaction == event.reaction or (event.record is not None and event.reaction is None):
             return "duplicate"
-        connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
+        connection.execute(
+            f"UPDATE rows SET reaction = :new, checksum = {build_checksum_update('rows', reaction=':new')} "
+            "WHERE id = :id", {"new": event.reaction, "id": event.id},
+        )  # fmt: skip
         if is_open:
             return "stored"
         add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
@@ -378,10 +392,19 @@ class FeedbackStore(ParquetFolder):
             topic=chosen.topic, chosen_finish_reason=chosen.finish_reason,
             rejected_finish_reason=rejected.finish_reason,
         )  # fmt: skip
+        new_checksum = build_checksum(
+            "preferences", id=":id", record=":record", chosen_id=":chosen", received_at=":time"
+        )
+        # The window of a choice that changes is that of the first.
+        kept_checksum = build_checksum(
+            "preferences", id="preferences.id", record=":record", chosen_id=":chosen",
+            received_at="preferences.received_at",
+        )  # fmt: skip
         connection.execute(
-            "INSERT INTO preferences (id, chosen_id, received_at, record) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO "
-            "UPDATE SET chosen_id = excluded.chosen_id, record = excluded.record",
-            (event.id, event.chosen_id, received_at, record.model_dump_json()),
+            "INSERT INTO preferences (id, chosen_id, received_at, record, checksum) "
+            f"VALUES (:id, :chosen, :time, :record, {new_checksum}) ON CONFLICT (id) DO "
+            f"UPDATE SET chosen_id = excluded.chosen_id, record = excluded.record, checksum = {kept_checksum}",
+            {"id": event.id, "chosen": event.chosen_id, "time": received_at, "record": record.model_dump_json()},
         )
         return "stored"
 
