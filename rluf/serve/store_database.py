@@ -21,7 +21,7 @@ DATABASE_FILE = "open_rows.sqlite3"
 # A settled row keeps its id, its present reaction and the hash of its content (hash_content; null for rows of earlier
 # releases); its record is then in a Parquet file only. `files` are those that the database knows, by their path under
 # the root. `checksum` covers what an open row has (build_checksum; null for rows of earlier releases), since SQLite has
-# none of its own.
+# none of its own. `rejected_id` is set while another writer has a response of a choice, and `record` is then empty.
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, reaction TEXT, received_at REAL, conversation_id TEXT,
                                  turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT, content TEXT,
@@ -31,7 +31,7 @@ CREATE INDEX IF NOT EXISTS open_by_conversation ON rows (conversation_id) WHERE 
 CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL,
                                            checksum INTEGER);
 CREATE TABLE IF NOT EXISTS preferences (id TEXT PRIMARY KEY, chosen_id TEXT, received_at REAL, record TEXT,
-                                        checksum INTEGER);
+                                        checksum INTEGER, rejected_id TEXT);
 CREATE INDEX IF NOT EXISTS open_preferences ON preferences (received_at) WHERE record IS NOT NULL;
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
 """
@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
 CHECKSUM_COLUMNS = {
     "rows": ("id", "record", "reaction", "continued", "received_at"),
     "late_reactions": ("id", "record", "received_at"),
-    "preferences": ("id", "record", "chosen_id", "received_at"),
+    "preferences": ("id", "record", "chosen_id", "received_at", "rejected_id"),
 }
 """Columns under the checksum by table: what an open row writes to Parquet, and when."""
 
@@ -56,7 +56,8 @@ def open_database(log_folder: Path, lock_timeout_s: float) -> sqlite3.Connection
     # A changed byte must not keep the other rows from being read.
     connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
     connection.create_function("checksum_of", -1, _hash_values, deterministic=True)
-    for table, column in (("rows", "content TEXT"), *((table, "checksum INTEGER") for table in CHECKSUM_COLUMNS)):
+    new_columns = [("rows", "content TEXT"), *((table, "checksum INTEGER") for table in CHECKSUM_COLUMNS)]
+    for table, column in (*new_columns, ("preferences", "rejected_id TEXT")):
         names = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
         if column.partition(" ")[0] not in names:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
@@ -131,14 +132,23 @@ def find_choice_ids(connection: sqlite3.Connection, ids_by_context: Mapping[str,
 
 
 def erase_from_database(
-    connection: sqlite3.Connection, row_ids: Iterable[str], choice_ids: Iterable[str], counts: dict[str, int]
+    connection: sqlite3.Connection,
+    row_ids: Iterable[str],
+    choice_ids: Iterable[str],
+    counts: dict[str, int],
+    *,
+    keeps_rows: bool = False,
 ) -> None:
-    """Delete rows with their late reactions and choices; adds those that no file had to `counts`."""
+    """Delete rows with their late reactions and choices; adds those that no file had to `counts`.
+
+    With `keeps_rows` only what is known of other writers' rows is deleted with them.
+    """
     # Deleted pages are overwritten, then the file is rebuilt without them.
     connection.execute("PRAGMA secure_delete = ON")
     with connection:
         by_row, by_choice = ([(row_id,) for row_id in sorted(ids)] for ids in (row_ids, choice_ids))
-        connection.executemany("DELETE FROM rows WHERE id = ?", by_row)
+        is_others_row = " AND record IS NULL AND received_at IS NULL" if keeps_rows else ""
+        connection.executemany(f"DELETE FROM rows WHERE id = ?{is_others_row}", by_row)
         # What had settled was counted in its files.
         for kind, statement, ids in (
             (
