@@ -48,7 +48,8 @@ class ServeSettings(SettingsSection):
     reactions: Annotated[tuple[str, ...], ADVANCED] = DEFAULT_REACTIONS
     """Reactions that clients may send; others are refused, since any text would become data."""
     experiment: Annotated[dict[PolicyName, float], ADVANCED] = Field(default_factory=dict)
-    """Shares of users by policy, such as {base: 0.9, aligned: 0.1}, for chats that name no policy; rows log the arm."""
+    """Shares of users by policy, such as {base: 0.9, aligned: 0.1}, for chats with a user or conversation that name no
+    policy; rows log the arm."""
     feedback_path: str | None = None
     """Folder or URL (s3://, gs://) of the feedback log; none means <run.root>/<name>/feedback."""
     reaction_window_s: float = Field(default=300.0, ge=0)

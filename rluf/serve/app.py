@@ -234,9 +234,6 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
             raise ApiError(404, "unknown", "no response with that id was served here")
-        if outcome == "elsewhere":
-            reason = "another cluster served one of the responses, or its row was erased; choose between two new ones"
-            raise ApiError(409, "elsewhere", reason)
         if outcome == "unreadable":
             raise ApiError(503, "store", "one of the responses cannot be looked up now; send it again later", 5.0)
         if outcome == "mismatch":

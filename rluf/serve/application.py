@@ -13,8 +13,9 @@ import logging
 import os
 import secrets
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,8 +179,15 @@ def erase_users(settings: Settings, user_ids: Sequence[str]) -> None:
             stores.append(FeedbackStore(*location, reaction_window_s=0))
             stack.callback(stores[-1].close)
             stores[-1].start()
+        # A reaction or choice may be with another writer than its response.
+        rows_by_store = [store.find_user_rows(id_forms) for store in stores]
+        ids_by_context: defaultdict[str, set[str]] = defaultdict(set)
+        for context, row_ids in chain.from_iterable(rows.items() for rows in rows_by_store):
+            ids_by_context[context] |= row_ids
         for store in stores:
             found_ids |= store.find_user_ids(id_forms)
+            counts.update(store.erase_related(ids_by_context))
+        for store in stores:
             counts.update(store.erase_users(id_forms))
     logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
     unknown_users = [user for user, forms in forms_by_user.items() if not found_ids.intersection(forms)]

@@ -333,10 +333,11 @@ class ServiceMiddleware:
                 raise self._build_wrong_token_error(client_address)
             check_scope(token, path)
             scopes, scope[TOKEN_NAME_KEY] = token.scopes, token.name
-        content_length = headers.get(b"content-length", "0")
+        content_length = headers.get(b"content-length", "0").strip(" \t")  # not part of a header's value (RFC 9110)
         is_number = content_length.isascii() and content_length.isdigit()
         # The length of the text is checked first: int() refuses texts of thousands of digits.
-        if not is_number or len(content_length) > 18 or int(content_length) > rules.max_body_bytes:
+        digits = content_length.lstrip("0") or "0"
+        if not is_number or len(digits) > 18 or int(digits) > rules.max_body_bytes:
             raise self._build_body_too_large_error()
         return scopes
 

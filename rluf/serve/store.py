@@ -23,7 +23,7 @@ import sqlite3
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
@@ -50,10 +50,13 @@ from rluf.prepare.schema import (
     build_arrow_schema,
     build_records_table,
 )
+from rluf.serve.other_writers import OtherWriters
 from rluf.serve.parquet_folder import ParquetFolder
 from rluf.serve.store_database import (
     DATABASE_FILE,
     add_late_reactions,
+    build_checksum,
+    build_checksum_update,
     erase_from_database,
     find_choice_ids,
     list_open_rows,
@@ -64,6 +67,7 @@ from rluf.serve.store_events import (
     PreferenceEvent,
     StoreEvent,
     StoreOutcome,
+    build_preference_record,
     hash_content,
     hash_messages,
 )
@@ -75,6 +79,9 @@ WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
 _CONTENT_FIELDS = ("user_id", "conversation_id", "messages", "response")
 MAX_ROWS_PER_FILE = 20_000
 """Maximum number of settled rows per Parquet file, before the files of a day are merged."""
+DAY_S = 86_400.0
+CHOICE_AGE_S, CHOICE_WAIT_S = 2 * DAY_S, DAY_S
+"""How old the responses of a choice may be that another cluster served, and how long the choice waits for them."""
 MERGE_AGE = timedelta(days=2)
 """Age of a day whose files are merged: readers that started on the day itself have finished by then."""
 REPLACES_KEY = b"rluf.replaces"
@@ -104,7 +111,7 @@ class FeedbackStore(ParquetFolder):
         """
         super().__init__(root)
         self.log_folder, self.reaction_window_s, self.clock = log_folder, reaction_window_s, clock
-        self._has_other_writers = has_other_writers
+        self._has_other_writers, self._other_writers = has_other_writers, OtherWriters(root)
         self._lock_timeout_s = LOCK_TIMEOUT_S if lock_timeout_s is None else lock_timeout_s
         self._connection: sqlite3.Connection | None = None
         self._merged_until = ""
@@ -166,6 +173,7 @@ class FeedbackStore(ParquetFolder):
         What the disk changed stays in the database, is logged, and counts in `damaged_row_count`.
         """
         settled_before = math.inf if all_rows else self.clock() - self.reaction_window_s
+        self._join_choices()
         return (
             self._flush_table("rows", "", settled_before, self._parse_settled_row)
             # A late reaction has settled when it arrives.
@@ -184,19 +192,25 @@ class FeedbackStore(ParquetFolder):
         """Write the settled records of a table; returns their number."""
         connection, damaged_rows, count = self._require_open(), self._damaged_rows[table], 0
         columns = "id, record, content, reaction, continued" if table == "rows" else "record"
+        is_damaged = f"(checksum IS NOT NULL AND checksum <> {build_checksum(table)})"
+        is_complete = f"(rejected_id IS NULL OR {is_damaged})" if table == "preferences" else "1"
         query = (
-            f"SELECT rowid, id, received_at, {columns} FROM {table} WHERE record IS NOT NULL AND received_at <= ? "
-            "AND rowid NOT IN (SELECT value FROM json_each(?)) ORDER BY received_at, rowid LIMIT ?"
+            f"SELECT rowid, id, received_at, {is_damaged}, {columns} FROM {table} WHERE record IS NOT NULL "
+            # A time that the disk moved to the future would keep its row from ever being looked at.
+            f"AND (received_at <= :settled OR received_at IS NULL OR (received_at > :future AND {is_damaged})) "
+            f"AND {is_complete} "
+            "AND rowid NOT IN (SELECT value FROM json_each(:damaged)) ORDER BY received_at, rowid LIMIT :limit"
         )
+        values_by_name = {"settled": settled_before, "future": self.clock() + DAY_S, "limit": MAX_ROWS_PER_FILE}
         while rows := connection.execute(
-            query, (settled_before, json.dumps(sorted(damaged_rows)), MAX_ROWS_PER_FILE)
+            query, values_by_name | {"damaged": json.dumps(sorted(damaged_rows))}
         ).fetchall():
             records, times = [], []
-            for row_number, row_id, received_at, *values in rows:
+            for row_number, row_id, received_at, is_row_damaged, *values in rows:
                 try:
                     record = parse_record(*values)
                     # Another id would be written again and again, since the row of this one stays open.
-                    if record.id != row_id:  # type: ignore[attr-defined]
+                    if is_row_damaged or record.id != row_id:  # type: ignore[attr-defined]
                         raise self._build_damage_error(row_id, table)
                     _format_day(received_at)
                 except (DataError, ValueError, TypeError, OverflowError, OSError):
@@ -250,29 +264,43 @@ class FeedbackStore(ParquetFolder):
         back; raises DataError when a row of these users is left. Safe to repeat after a crash.
         """
         connection = self._require_open()
-        ids_by_context: dict[str, set[str]] = defaultdict(set)
-        for row in list_open_rows(self._require_open(), id_forms):
-            ids_by_context[hash_messages(row["messages"])].add(row["id"])
-        row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
-        for path in row_files:
-            for row in self._read_user_rows(path, id_forms, ["id", "messages"]):
-                ids_by_context[hash_messages(row["messages"])].add(row["id"])
+        ids_by_context = self.find_user_rows(id_forms)
         row_ids = {row_id for context_ids in ids_by_context.values() for row_id in context_ids}
-        choice_ids = find_choice_ids(connection, ids_by_context)
-        counts = {"rows": len(row_ids), "reactions": 0, "preferences": 0}
         # The files of rows come last: they name the user, so after a crash a repetition finds all that is left.
-        for path in self._list_files():
-            if path.startswith(f"{REACTIONS_FOLDER}/"):
-                counts["reactions"] += self._remove_rows(path, "response_id", row_ids)
-            elif path.startswith(f"{PREFERENCES_FOLDER}/"):
-                counts["preferences"] += self._remove_rows(path, "id", choice_ids)
-        erase_from_database(connection, row_ids, choice_ids, counts)
+        counts = self.erase_related(ids_by_context)
+        erase_from_database(connection, row_ids, (), counts)
+        counts["rows"] = len(row_ids)
         self._damaged_rows.clear()  # the rows have other numbers now
+        row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
         for path in row_files:
             self._remove_rows(path, "id", row_ids)
         for path in self._list_files():
             if not is_in_hidden_folder(path) and self._read_user_rows(path, id_forms, ["id"]):
                 raise DataError(f"{self.root}/{path} still has rows of the erased users; check the disk and repeat")
+        return counts
+
+    def find_user_rows(self, id_forms: Sequence[str]) -> dict[str, set[str]]:
+        """Ids of the rows that name one of the ids, by the hash of their messages."""
+        ids_by_context: dict[str, set[str]] = defaultdict(set)
+        for row in list_open_rows(self._require_open(), id_forms):
+            ids_by_context[hash_messages(row["messages"])].add(row["id"])
+        for path in self._list_files():
+            if not is_in_hidden_folder(path):
+                for row in self._read_user_rows(path, id_forms, ["id", "messages"]):
+                    ids_by_context[hash_messages(row["messages"])].add(row["id"])
+        return ids_by_context
+
+    def erase_related(self, ids_by_context: Mapping[str, Iterable[str]]) -> dict[str, int]:
+        """Remove the late reactions to rows of any writer, and the choices between them; returns their numbers."""
+        connection, counts = self._require_open(), {"rows": 0, "reactions": 0, "preferences": 0}
+        row_ids = {row_id for context_ids in ids_by_context.values() for row_id in context_ids}
+        choice_ids = find_choice_ids(connection, ids_by_context)
+        for path in self._list_files():
+            if path.startswith(f"{REACTIONS_FOLDER}/"):
+                counts["reactions"] += self._remove_rows(path, "response_id", row_ids)
+            elif path.startswith(f"{PREFERENCES_FOLDER}/"):
+                counts["preferences"] += self._remove_rows(path, "id", choice_ids)
+        erase_from_database(connection, row_ids, choice_ids, counts, keeps_rows=True)
         return counts
 
     def find_user_ids(self, id_forms: Sequence[str]) -> set[str]:
@@ -328,15 +356,19 @@ class FeedbackStore(ParquetFolder):
                 return "unknown"
             # Only the same user continues: anybody may name the conversation of another one.
             connection.execute(
-                "UPDATE rows SET continued = 1 WHERE conversation_id = ? AND turn < ? "
+                f"UPDATE rows SET continued = 1, checksum = {build_checksum_update('rows', continued='1')} "
+                "WHERE conversation_id = ? AND turn < ? AND continued = 0 "
                 "AND CASE WHEN json_valid(record) THEN json_extract(record, '$.user_id') END = ?",
                 (record.conversation_id, record.turn, record.user_id),
             )
+            new_checksum = build_checksum(
+                "rows", id=":id", record=":record", reaction=":reaction", continued="0", received_at=":time"
+            )
             connection.execute(
-                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record, content) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (event.id, event.reaction, received_at, record.conversation_id, record.turn, record.model_dump_json(),
-                 content),
+                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record, content, checksum) "
+                f"VALUES (:id, :reaction, :time, :conversation, :turn, :record, :content, {new_checksum})",
+                {"id": event.id, "reaction": event.reaction, "time": received_at, "turn": record.turn,
+                 "conversation": record.conversation_id, "record": record.model_dump_json(), "content": content},
             )  # fmt: skip
             return "stored"
         reaction, is_open, stored_content = stored
@@ -345,7 +377,10 @@ class FeedbackStore(ParquetFolder):
         # A report of the response that arrives again, perhaps after a reaction, withdraws nothing.
         if reaction == event.reaction or (event.record is not None and event.reaction is None):
             return "duplicate"
-        connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
+        connection.execute(
+            f"UPDATE rows SET reaction = :new, checksum = {build_checksum_update('rows', reaction=':new')} "
+            "WHERE id = :id", {"new": event.reaction, "id": event.id},
+        )  # fmt: skip
         if is_open:
             return "stored"
         add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
@@ -367,23 +402,63 @@ class FeedbackStore(ParquetFolder):
             # The events of other requests, which share the transaction, must not fail with it.
             logger.error("feedback store %s: cannot look up the responses of a choice: %s", self.root, error)
             return "unreadable"
-        if chosen is None or rejected is None:
-            # Of a response that another cluster served, this store has no text, and neither may its files.
-            return "elsewhere" if self._has_other_writers else "unknown"
-        if chosen.messages != rejected.messages or chosen.response == rejected.response:
-            return "mismatch"
-        record = PreferenceRecord(
-            id=event.id, messages=chosen.messages, chosen=chosen.response, rejected=rejected.response,
-            group=hash_messages([message.model_dump() for message in chosen.messages]),
-            topic=chosen.topic, chosen_finish_reason=chosen.finish_reason,
-            rejected_finish_reason=rejected.finish_reason,
-        )  # fmt: skip
+        record_json, rejected_id = "", None
+        if chosen is not None and rejected is not None:
+            record = build_preference_record(event.id, chosen, rejected)
+            if record is None:
+                return "mismatch"
+            record_json = record.model_dump_json()
+        elif self._has_other_writers:
+            # Another cluster served a response: this store has no text of it, and its files may not have it yet.
+            rejected_id = event.rejected_id
+        else:
+            return "unknown"
+        changed = {"id": ":id", "record": ":record", "chosen_id": ":chosen", "rejected_id": ":rejected"}
+        new_checksum = build_checksum("preferences", **changed, received_at=":time")
+        # The window of a choice that changes is that of the first.
+        kept_checksum = build_checksum("preferences", **changed, received_at="preferences.received_at")
         connection.execute(
-            "INSERT INTO preferences (id, chosen_id, received_at, record) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO "
-            "UPDATE SET chosen_id = excluded.chosen_id, record = excluded.record",
-            (event.id, event.chosen_id, received_at, record.model_dump_json()),
-        )
+            "INSERT INTO preferences (id, chosen_id, rejected_id, received_at, record, checksum) "
+            f"VALUES (:id, :chosen, :rejected, :time, :record, {new_checksum}) ON CONFLICT (id) DO UPDATE SET "
+            "chosen_id = excluded.chosen_id, rejected_id = excluded.rejected_id, record = excluded.record, "
+            f"checksum = {kept_checksum}",
+            {"id": event.id, "chosen": event.chosen_id, "rejected": rejected_id, "time": received_at,
+             "record": record_json},
+        )  # fmt: skip
         return "stored"
+
+    def _join_choices(self) -> None:
+        """Complete the choices whose responses other clusters served, once those have written them."""
+        connection = self._require_open()
+        choices = connection.execute(
+            "SELECT id, chosen_id, rejected_id, received_at FROM preferences WHERE record IS NOT NULL "
+            f"AND rejected_id IS NOT NULL AND checksum = {build_checksum('preferences')}"
+        ).fetchall()
+        first_time = min((received_at for *_, received_at in choices), default=self.clock()) - CHOICE_AGE_S
+        wanted_ids = {row_id for _, *row_ids, _ in choices for row_id in row_ids}
+        others_records = self._other_writers.find_records(wanted_ids, _format_day(first_time))
+        for choice_id, chosen_id, rejected_id, received_at in choices:
+            try:
+                chosen, rejected = (
+                    others_records.get(row_id) or self._find_record(connection, row_id)
+                    for row_id in (chosen_id, rejected_id)
+                )
+            except (DataError, OSError, ValueError, OverflowError):
+                continue  # perhaps it can be read later
+            is_found = chosen is not None and rejected is not None
+            record = build_preference_record(choice_id, chosen, rejected) if chosen and rejected else None
+            if not is_found and received_at > self.clock() - CHOICE_WAIT_S:
+                continue
+            if record is None:
+                problem = "the responses answer different messages" if is_found else "no writer has both responses"
+                logger.warning("feedback store %s: choice %s not written: %s", self.root, choice_id, problem)
+            record_json = None if record is None else record.model_dump_json()
+            checksum = build_checksum("preferences", record=":record", rejected_id="NULL")
+            with connection:
+                connection.execute(
+                    f"UPDATE preferences SET record = :record, rejected_id = NULL, checksum = {checksum} "
+                    "WHERE id = :id", {"record": record_json, "id": choice_id},
+                )  # fmt: skip
 
     def _find_record(self, connection: sqlite3.Connection, row_id: str) -> FeedbackRecord | None:
         """The record of a row, from the database or from the files of its day; None for an unknown row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import uuid
@@ -19,17 +20,29 @@ DATABASE_FILE = "open_rows.sqlite3"
 
 # A settled row keeps its id, its present reaction and the hash of its content (hash_content; null for rows of earlier
 # releases); its record is then in a Parquet file only. `files` are those that the database knows, by their path under
-# the root.
+# the root. `checksum` covers what an open row has (build_checksum; null for rows of earlier releases), since SQLite has
+# none of its own. `rejected_id` is set while another writer has a response of a choice, and `record` is then empty.
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, reaction TEXT, received_at REAL, conversation_id TEXT,
-                                 turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT, content TEXT);
+                                 turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT, content TEXT,
+                                 checksum INTEGER);
 CREATE INDEX IF NOT EXISTS open_by_time ON rows (received_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open_by_conversation ON rows (conversation_id) WHERE record IS NOT NULL;
-CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS preferences (id TEXT PRIMARY KEY, chosen_id TEXT, received_at REAL, record TEXT);
+CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL,
+                                           checksum INTEGER);
+CREATE TABLE IF NOT EXISTS preferences (id TEXT PRIMARY KEY, chosen_id TEXT, received_at REAL, record TEXT,
+                                        checksum INTEGER, rejected_id TEXT);
 CREATE INDEX IF NOT EXISTS open_preferences ON preferences (received_at) WHERE record IS NOT NULL;
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
 """
+
+
+CHECKSUM_COLUMNS = {
+    "rows": ("id", "record", "reaction", "continued", "received_at"),
+    "late_reactions": ("id", "record", "received_at"),
+    "preferences": ("id", "record", "chosen_id", "received_at", "rejected_id"),
+}
+"""Columns under the checksum by table: what an open row writes to Parquet, and when."""
 
 
 def open_database(log_folder: Path, lock_timeout_s: float) -> sqlite3.Connection:
@@ -42,9 +55,32 @@ def open_database(log_folder: Path, lock_timeout_s: float) -> sqlite3.Connection
     )
     # A changed byte must not keep the other rows from being read.
     connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
-    if "content" not in {column[1] for column in connection.execute("PRAGMA table_info(rows)")}:
-        connection.execute("ALTER TABLE rows ADD COLUMN content TEXT")
+    connection.create_function("checksum_of", -1, _hash_values, deterministic=True)
+    new_columns = [("rows", "content TEXT"), *((table, "checksum INTEGER") for table in CHECKSUM_COLUMNS)]
+    for table, column in (*new_columns, ("preferences", "rejected_id TEXT")):
+        names = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        if column.partition(" ")[0] not in names:
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
     return connection
+
+
+def build_checksum(table: str, **changed: str) -> str:
+    """SQL expression of a row's checksum, in which the `changed` columns have the values of other expressions."""
+    # As bytes: a text that the disk changed may be no UTF-8, which SQLite's functions in Python refuse.
+    values = (f"CAST({changed.get(column, column)} AS BLOB)" for column in CHECKSUM_COLUMNS[table])
+    return f"checksum_of({', '.join(values)})"
+
+
+def build_checksum_update(table: str, **changed: str) -> str:
+    """SQL expression of the checksum after a change of some columns: a row that is damaged already stays so."""
+    return f"CASE WHEN checksum = {build_checksum(table)} THEN {build_checksum(table, **changed)} ELSE checksum END"
+
+
+def _hash_values(*values: bytes | None) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        digest.update(b"-" if value is None else b"%d:%b" % (len(value), value))
+    return int.from_bytes(digest.digest(), signed=True)
 
 
 def add_late_reactions(
@@ -58,8 +94,9 @@ def add_late_reactions(
                 reaction=name, retracted=is_retracted,
             )  # fmt: skip
             connection.execute(
-                "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
-                (late_reaction.id, received_at, late_reaction.model_dump_json()),
+                "INSERT INTO late_reactions (id, received_at, record, checksum) VALUES (:id, :time, :record, "
+                f"{build_checksum('late_reactions', id=':id', received_at=':time', record=':record')})",
+                {"id": late_reaction.id, "time": received_at, "record": late_reaction.model_dump_json()},
             )
 
 
@@ -95,14 +132,23 @@ def find_choice_ids(connection: sqlite3.Connection, ids_by_context: Mapping[str,
 
 
 def erase_from_database(
-    connection: sqlite3.Connection, row_ids: Iterable[str], choice_ids: Iterable[str], counts: dict[str, int]
+    connection: sqlite3.Connection,
+    row_ids: Iterable[str],
+    choice_ids: Iterable[str],
+    counts: dict[str, int],
+    *,
+    keeps_rows: bool = False,
 ) -> None:
-    """Delete rows with their late reactions and choices; adds those that no file had to `counts`."""
+    """Delete rows with their late reactions and choices; adds those that no file had to `counts`.
+
+    With `keeps_rows` only what is known of other writers' rows is deleted with them.
+    """
     # Deleted pages are overwritten, then the file is rebuilt without them.
     connection.execute("PRAGMA secure_delete = ON")
     with connection:
         by_row, by_choice = ([(row_id,) for row_id in sorted(ids)] for ids in (row_ids, choice_ids))
-        connection.executemany("DELETE FROM rows WHERE id = ?", by_row)
+        is_others_row = " AND record IS NULL AND received_at IS NULL" if keeps_rows else ""
+        connection.executemany(f"DELETE FROM rows WHERE id = ?{is_others_row}", by_row)
         # What had settled was counted in its files.
         for kind, statement, ids in (
             (

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rluf.prepare.schema import FeedbackRecord
+from rluf.prepare.schema import FeedbackRecord, PreferenceRecord
 from rluf.utils.hashing import hash_parts
 
-StoreOutcome = Literal[
-    "stored", "late", "duplicate", "unknown", "conflict", "settled", "mismatch", "unreadable", "elsewhere"
-]
+StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "conflict", "settled", "mismatch", "unreadable"]
 """stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
 response; conflict: the row with this id is of another response, user or conversation; settled: too late for another
 choice; mismatch: no choice, since the two responses answer different messages or are equal; unreadable: the file with a
-response of the choice cannot be read; elsewhere: another cluster served a response of the choice."""
+response of the choice cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +54,16 @@ def hash_content(row: Mapping[str, Any]) -> str:
 def hash_messages(messages: Iterable[Mapping[str, str]]) -> str:
     """Hash of a context: equal for responses to the same messages."""
     return hash_parts(*(text for message in messages for text in (message["role"], message["content"])))
+
+
+def build_preference_record(
+    choice_id: str, chosen: FeedbackRecord, rejected: FeedbackRecord
+) -> PreferenceRecord | None:
+    """The record of a choice between two responses; None if they answer different messages, or are equal."""
+    if chosen.messages != rejected.messages or chosen.response == rejected.response:
+        return None
+    return PreferenceRecord(
+        id=choice_id, messages=chosen.messages, chosen=chosen.response, rejected=rejected.response,
+        group=hash_messages([message.model_dump() for message in chosen.messages]),
+        topic=chosen.topic, chosen_finish_reason=chosen.finish_reason, rejected_finish_reason=rejected.finish_reason,
+    )  # fmt: skip

@@ -27,8 +27,8 @@ def closed_object(required: list[str], **properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
 
 
-STARTS_NO_RAY = {"nginx.conf", "serve_alerts.yaml", "serve_dashboard.json"}
-"""Launch files that Prometheus, Grafana and the reverse proxy read."""
+STARTS_NO_RAY = {"networkpolicy.yaml", "nginx.conf", "serve_alerts.yaml", "serve_dashboard.json"}
+"""Launch files that Kubernetes' network, Prometheus, Grafana and the reverse proxy read."""
 TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
 AMOUNTS = {"type": "object", "additionalProperties": QUANTITY}

@@ -215,10 +215,40 @@ async def test_the_arm_of_an_experiment_is_logged(
     await writer.flush_settled(all_rows=True)
     (parquet_file,) = (tmp_path / "log").rglob("*.parquet")
     rows = pq.read_table(parquet_file).to_pylist()
-    assert [row["arm"] for row in rows] == ["echo"] * 4 + [None]
+    assert [row["arm"] for row in rows] == ["echo"] * 3 + [None] * 2
     users = [row["user_id"] for row in rows]
     assert users[1] == users[2] and len(set(users)) == 4
     assert gateway.metrics.rows_without_user._value.get() == 4.0
+
+
+async def test_no_chat_changes_policy_between_its_turns(
+    gateway: GatewayDeployment, writer: FeedbackWriter, tmp_path: Path
+) -> None:
+    policies, shares = {"base": "policy-1", "aligned": "policy-1"}, {"base": 0.5, "aligned": 0.5}
+    handle = gateway._policy_handles["echo"][0]
+    gateway._policy_handles = {name: (handle, version) for name, version in policies.items()}
+    gateway._experiment = shares
+    keys: list[dict[str, str]] = [{"user": f"u{i}"} for i in range(40)] + [
+        {"conversation_id": f"c{i}"} for i in range(40)
+    ]
+    keys += [{"user": f"u{i}", "conversation_id": f"d{i}"} for i in range(40)] + [{}] * 40
+    models = []
+    for key in keys:
+        messages: list[dict[str, str]] = []
+        served = set()
+        for turn in range(3):
+            messages = [*messages, {"role": "user", "content": f"Turn {turn} of {len(models)}"}]
+            reply = await gateway.complete_chat(ChatRequest.model_validate({"messages": messages} | key))
+            messages.append({"role": "assistant", "content": reply.choices[0].message["content"]})
+            served.add(reply.model)
+        models.append(served)
+    assert all(len(served) == 1 for served in models)
+    assert models[:40] == models[80:120] and {"base", "aligned"} == set.union(*models[:40]) == set.union(*models[40:80])
+    assert set.union(*models[120:]) == {"base"}
+    await writer.flush_settled(all_rows=True)
+    (parquet_file,) = (tmp_path / "log").rglob("*.parquet")
+    arms = [row["arm"] for row in pq.read_table(parquet_file).to_pylist()]
+    assert [arm is None for arm in arms] == [False] * 360 + [True] * 120
 
 
 async def test_a_policy_whose_queue_is_full_refuses_chats_at_once(

@@ -6,6 +6,7 @@ One service for all cases, behind the listener that the gateway uses. Its time l
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import socket
 import time
@@ -233,6 +234,34 @@ RAW: dict[str, tuple[bytes, set[int]]] = {
         {400, 408, 431},
     ),
     "blank lines": (b"\r\n" * 40_000, {431, 400}),
+    "CL with spaces": (post(GOOD, length=b"  %d \t" % len(GOOD)), {200}),
+    "CL with zeros": (post(GOOD, length=b"0" * 30 + b"%d" % len(GOOD)), {200}),
+    "CL with many zeros": (post(GOOD, length=b"0" * 9_000 + b"%d" % len(GOOD)), {200, 400}),
+    "CL with a sign": (post(GOOD, length=b"+%d" % len(GOOD)), {400}),
+    "CL with an underscore": (post(GOOD, length=b"1_0"), {400}),
+    "CL twice": (post(GOOD, b"Content-Length: %d" % len(GOOD)), {400}),
+    "space before the colon of TE": (post(b"0\r\n\r\n", b"Transfer-Encoding : chunked"), {400}),
+    "TE chunked and identity": (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked, identity"), {400}),
+    "negative chunk": (post_chunked(b"-1\r\nabc\r\n0\r\n\r\n"), {400}),
+    "chunk as hex": (post_chunked(b"0x5\r\nabcde\r\n0\r\n\r\n"), {400}),
+    "chunks with bare LF": (post_chunked(b"5\nabcde\n0\n\n"), {400}),
+    "huge chunk": (post_chunked(b"f" * 16 + b"\r\nabc"), {400, 408, 413}),
+    "long chunk extension": (post_chunked(b"5;a=" + b"x" * 200_000 + b"\r\nabcde\r\n0\r\n\r\n"), {400, 431}),
+    "chunks of one byte": (post_chunked(b"".join(b"1\r\n%c\r\n" % c for c in GOOD) + b"0\r\n\r\n"), {200}),
+    "gzip bomb": (post(gzip.compress(b" " * 50_000_000), b"Content-Encoding: gzip"), {413}),
+    "gzip that is cut": (post(gzip.compress(GOOD)[:-5], b"Content-Encoding: gzip"), {400}),
+    "gzip with more": (post(gzip.compress(GOOD) + b"x", b"Content-Encoding: gzip"), {400}),
+    "gzip twice": (post(gzip.compress(gzip.compress(GOOD)), b"Content-Encoding: gzip, gzip"), {415}),
+    "unknown encoding": (post(GOOD, b"Content-Encoding: \xff\xfe"), {415}),
+    "odd Content-Type": (post(GOOD).replace(b"application/json", b";;=," + b"a" * 30_000), {422}),
+    "no Content-Type": (post(GOOD).replace(b"Content-Type: application/json\r\n", b""), {422}),
+    "token in the query": (get(b"/v1/models?authorization=Bearer%20" + TOKEN.encode()), {401}),
+    "token in a cookie": (get(b"/v1/models", b"Cookie: authorization=Bearer " + TOKEN.encode()), {401}),
+    "two tokens": (get(b"/v1/models", AUTHORIZATION, b"authorization: Basic x"), {400}),
+    "forged addresses": (post(GOOD, b"X-Forwarded-For: 1.1.1.1, \xff", b"Forwarded: for=\"[::1\""), {200}),
+    "method override": (post(GOOD, b"X-HTTP-Method-Override: DELETE"), {200}),
+    "HTTP/1.2": (b"GET /healthz HTTP/1.2\r\nHost: localhost\r\n\r\n", {400, 505}),
+    "tabs in the request line": (b"GET\t/healthz\tHTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
 }  # fmt: skip
 
 HOSTS = (

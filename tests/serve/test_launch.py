@@ -35,6 +35,19 @@ def test_the_file_matches_ray_serves_schema_and_its_settings_load(name: str) -> 
     assert settings.serve.port == 8000
 
 
+def test_only_the_proxy_and_the_operator_reach_the_pods_of_ray() -> None:
+    policy = yaml.safe_load((LAUNCH / "networkpolicy.yaml").read_text())
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    ray_pods = policy["spec"]["podSelector"]
+    assert ray_pods["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    of_ray, of_operator, of_proxy = policy["spec"]["ingress"]
+    assert of_ray == {"from": [{"podSelector": ray_pods}]}
+    assert all(peer["podSelector"]["matchLabels"] for rule in (of_operator, of_proxy) for peer in rule["from"])
+    http_port = load_serve_configs()["serve.yaml"]["http_options"]["port"]
+    assert of_proxy["ports"] == [{"port": http_port}] and {"port": http_port} in of_operator["ports"]
+
+
 def test_the_manifest_uses_the_pinned_ray_and_references_its_secrets() -> None:
     manifest = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")

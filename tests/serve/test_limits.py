@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -193,52 +194,84 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("replica_count", "request_items"), [(1, 16), (1, 256), (4, 16)])
+@dataclass(frozen=True)
+class Overload:
+    """Requests at four times the speed of the replicas: sizes in responses, lengths in characters, by turns."""
+
+    sizes: tuple[int, ...] = (16,)
+    lengths: tuple[int, ...] = (300,)
+    tokens_per_s: float = 5000.0
+    replica_count: int = 1
+    max_replicas: int = 1
+    slow_share: float = 1.0
+    """Speed from the middle on, relative to the start."""
+
+
+OVERLOADS = {
+    "small requests": Overload(), "large requests": Overload((256,)), "one by one": Overload((1,)),
+    "four replicas": Overload(replica_count=4, max_replicas=4), "sizes by turns": Overload((1, 256)),
+    "lengths by turns": Overload(lengths=(15, 1500)), "a rare large request": Overload((1,) * 40 + (128,), (300, 1500)),
+    "a slow model": Overload((4,), tokens_per_s=300.0), "a slow model, one by one": Overload((1,), tokens_per_s=250.0),
+    "a slow model, many": Overload((64,), (60,), tokens_per_s=250.0), "a fast model": Overload(tokens_per_s=50_000.0),
+    "replicas that are not up yet": Overload((4,), tokens_per_s=2000.0, max_replicas=4),
+    "a model that becomes slow": Overload((4,), slow_share=0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
 def test_under_fourfold_overload_nearly_all_work_is_answered_in_time(
-    replica_count: int, request_items: int, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = VirtualTimeLoop()
+    case, loop = OVERLOADS[name], VirtualTimeLoop()
     monkeypatch.setattr("rluf.serve.batching.monotonic", loop.time)
-    items_per_s, deadline_s, duration_s = 50.0, 30.0, 150.0
-    locks = [asyncio.Lock() for _ in range(replica_count)]
-    outcomes = {"timely": 0, "late": 0, "refused": 0}
+    deadline_s, duration_s = 30.0, 200.0
+    locks = [asyncio.Lock() for _ in range(case.replica_count)]
+    tokens = {"timely": 0, "late": 0, "refused": 0, "possible": 0.0}
+
+    def get_speed() -> float:
+        return case.tokens_per_s * (1.0 if loop.time() < duration_s / 2 else case.slow_share)
 
     async def run_batch(items: list[ScoringItem]) -> list[str]:
         # A replica scores one batch at a time; a batch that is sent ahead waits for it.
         async with min(locks, key=lambda lock: (lock.locked(), len(lock._waiters or ()))):
-            await asyncio.sleep(len(items) / items_per_s)
+            await asyncio.sleep(sum(estimate_tokens(item, 512) for item in items) / get_speed())
         return [""] * len(items)
 
     batcher = RequestBatcher(
-        run_batch, batch_tokens=8192, max_item_tokens=96, max_queued_responses=1024, replica_count=replica_count,
+        run_batch, batch_tokens=8192, max_item_tokens=512, max_queued_responses=1024, replica_count=case.max_replicas,
         deadline_s=deadline_s,
     )  # fmt: skip
 
-    async def send_request() -> None:
+    async def send_request(items: list[ScoringItem], token_count: int) -> None:
         try:
             async with asyncio.timeout(deadline_s):
-                await batcher.submit([make_item("x" * 300)] * request_items)
-            outcomes["timely"] += 1
+                await batcher.submit(items)
+            tokens["timely"] += token_count
         except TimeoutError:
-            outcomes["late"] += 1
+            tokens["late"] += token_count
         except ApiError as error:
-            assert error.status == 429 and 0 < (error.retry_after_s or 0) <= 2 * deadline_s
-            outcomes["refused"] += 1
+            assert error.status == 429 and 0 < (error.retry_after_s or 0) <= deadline_s
+            tokens["refused"] += token_count
 
     async def overload() -> None:
-        interval_s = request_items / (4 * items_per_s * replica_count)
-        tasks = []
+        tasks, number = [], 0
         while loop.time() < duration_s:
-            tasks.append(asyncio.create_task(send_request()))
+            # Sizes and lengths of different periods, so that all pairs occur.
+            item = make_item("x" * case.lengths[number // len(case.sizes) % len(case.lengths)])
+            items = [item] * case.sizes[number % len(case.sizes)]
+            token_count = len(items) * estimate_tokens(item, 512)
+            tasks.append(asyncio.create_task(send_request(items, token_count)))
+            interval_s, number = token_count / (4 * get_speed() * case.replica_count), number + 1
+            tokens["possible"] += interval_s * get_speed() * case.replica_count
             await asyncio.sleep(interval_s)
         await asyncio.gather(*tasks)
 
     loop.run_until_complete(overload())
     loop.close()
-    peak = items_per_s * replica_count / request_items * duration_s
-    assert outcomes["timely"] >= 0.9 * peak
-    assert outcomes["late"] <= 0.02 * peak
-    assert outcomes["refused"] > 2 * peak
+    assert tokens["timely"] >= 0.9 * tokens["possible"], tokens
+    # A model that becomes slow makes late what was accepted before.
+    assert tokens["late"] <= (0.02 if case.slow_share == 1 else 0.25) * tokens["possible"], tokens
+    assert tokens["refused"] > 2 * tokens["possible"]
 
 
 @pytest.mark.parametrize("replica_count", [1, 4])

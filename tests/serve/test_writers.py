@@ -292,13 +292,19 @@ def test_a_pattern_over_a_store_reads_no_reaction_or_choice_as_a_row(tmp_path: P
         resolve_sources([f"{root}/*/_reaction/*.parquet"], "reactions")
 
 
+def read_choices(root: Path) -> dict[str, str]:
+    rows = [row for file in root.rglob("_preferences/*/*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["chosen"]: row["rejected"] for row in rows}
+
+
 @pytest.mark.parametrize("is_settled", [False, True])
-@pytest.mark.parametrize("servers", [("old", "old"), ("old", "new"), ("new", "old"), ("new", "new")])
-def test_a_choice_whose_responses_another_cluster_served_is_refused_as_such(
+@pytest.mark.parametrize("servers", [("old", "old"), ("old", "new"), ("new", "old"), ("", "old"), ("old", "third")])
+def test_a_choice_between_the_responses_of_other_clusters_is_joined(
     tmp_path: Path, servers: tuple[str, str], is_settled: bool
 ) -> None:
     clock = FakeClock()
-    stores = {name: open_writer(tmp_path, name, clock) for name in ("old", "new")}
+    stores = {name: open_writer(tmp_path, name, clock) for name in ("", "old", "new", "third")}
     ids = [create_response_id("u", SALT) for _ in servers]
     for response_id, name in zip(ids, servers, strict=True):
         stores[name].append_events([make_served_event(response_id)])
@@ -307,10 +313,68 @@ def test_a_choice_whose_responses_another_cluster_served_is_refused_as_such(
         for store in stores.values():
             store.flush_settled()
         stores["new"].append_events([make_reaction(ids[0], "love")])  # a row without text, if the other one served it
-    outcome = "stored" if servers == ("new", "new") else "elsewhere"
-    assert stores["new"].append_events([PreferenceEvent(*ids)]) == [outcome]
+    # The other way round first: of two choices the later counts.
+    events = [PreferenceEvent(ids[1], ids[0]), PreferenceEvent(*ids), PreferenceEvent(*ids)]
+    assert stores["new"].append_events(events) == ["stored", "stored", "duplicate"]
+    for _ in range(3):  # the order of the writers must not matter, nor a restart
+        clock.now += 61
+        for store in stores.values():
+            store.flush_settled()
+        stores["new"].close()
+        stores["new"] = open_writer(tmp_path, "new", clock)
+    assert read_choices(tmp_path) == {f"Answer {ids[0]}": f"Answer {ids[1]}"}
+    assert stores["new"].append_events([PreferenceEvent(*ids), PreferenceEvent(*ids[::-1])]) == ["duplicate", "settled"]
+    assert all(store.damaged_row_count == 0 for store in stores.values())
     # The only writer of a store knows that there is no such response.
     assert open_store(tmp_path / "alone", clock).append_events([PreferenceEvent(*ids)]) == ["unknown"]
+
+
+def test_a_choice_that_cannot_be_joined_is_given_up_after_a_day(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+    stores = {name: open_writer(tmp_path, name, clock) for name in ("old", "new")}
+    other_question = make_record("b").model_copy(update={"messages": [ChatMessage(role="user", content="Else?")]})
+    stores["old"].append_events([make_served_event("a"), FeedbackEvent("b", None, other_question)])
+    events = [PreferenceEvent("a", "b"), PreferenceEvent("a", "gone"), PreferenceEvent("x", "y")]
+    assert stores["new"].append_events(events) == ["stored"] * 3
+    for _ in range(25):
+        for store in stores.values():
+            store.flush_settled()
+        clock.now += 3600.0
+    assert caplog.text.count("the responses answer different messages") == 1
+    assert caplog.text.count("no writer has both responses") == 2
+    assert read_choices(tmp_path) == {} and stores["new"].append_events(events) == ["duplicate"] * 3
+
+
+def test_reactions_and_choices_with_another_writer_are_erased_with_their_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLUF_USER_SALT", "pepper")
+    clock, root = FakeClock(), tmp_path / "log"
+    stores = {name: open_writer(root, name, clock, 0) for name in ("old", "new")}
+    ids = {user: [create_response_id(user, SALT) for _ in range(2)] for user in ("ann", "eve")}
+    for user, (first, second) in ids.items():
+        for name, response_id in (("old", first), ("new", second)):
+            record = make_record(response_id).model_copy(update={"user_id": user})
+            stores[name].append_events([FeedbackEvent(response_id, None, record)])
+        reaction = FeedbackEvent(first, "love", replaced_reactions=REACTIONS)
+        stores["new"].append_events([reaction, PreferenceEvent(first, second)])
+    clock.now += 61
+    for store in (*stores.values(), *stores.values()):
+        store.flush_settled()
+    # Open in the database of the other writer.
+    stores["old"].append_events([FeedbackEvent(ids["ann"][1], "like", replaced_reactions=REACTIONS)])
+    for store in stores.values():
+        store.close()
+    assert len(read_choices(root)) == 2 and len(read_late_reactions(root)) == 2
+    assert serve_command.main([f"serve.feedback_path={root}", "--forget", "ann"]) == 0
+    for name in stores:
+        open_writer(root, name, clock, 0).flush_settled()
+    assert read_choices(root) == {f"Answer {ids['eve'][0]}": f"Answer {ids['eve'][1]}"}
+    assert read_reactions(root) == {ids["eve"][0]: "love", ids["eve"][1]: None}
+    left = b"".join(file.read_bytes() for file in root.rglob("*") if file.is_file())
+    assert not [response_id for response_id in ids["ann"] if response_id.encode() in left]
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "no id", "no messages", "wrong type", "empty"])
