@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from rluf.prepare.readers.chats import parse_transcript, to_records
+from rluf.prepare.readers.chats import decode_value, parse_transcript, to_records
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -255,24 +255,35 @@ def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> Reade
     The score is the mean of the ratings of four aspects (fine-grained_score), and overall_score where a row lacks it:
     the latter is 10 in some rows for completions that were rated 1.
     """
-    if "completions" not in row:
-        raise KeyError("completions")
-    has_aspects = all(item.get("fine-grained_score") is not None for item in row["completions"])
-    score_key = "fine-grained_score" if has_aspects else "overall_score"
-    scored = [
-        (float(item[score_key]), item["response"])
-        for item in row["completions"]
-        if re.fullmatch(r"\d+(\.\d+)?", str(item[score_key]))
-    ]
-    scored.sort(key=lambda pair: pair[0])
-    if len(scored) < 2 or scored[0][0] == scored[-1][0]:
+    completions = decode_value(row["completions"])
+    if isinstance(completions, Mapping):  # a sequence of objects, as some versions of the hub's loader write it
+        names = list(completions)
+        completions = [
+            dict(zip(names, values, strict=True)) for values in zip(*(completions[name] for name in names), strict=True)
+        ]
+    scored = _score_completions(completions, "fine-grained_score")
+    if len(scored) < 2:
+        scored = _score_completions(completions, "overall_score")
+    if len(scored) < 2:
+        return [SkippedRow("fewer than two completions with a score")]
+    if scored[0][0] == scored[-1][0]:
         return [SkippedRow("tie")]
     messages = _build_user_message(row["instruction"])
     pair = _build_preference_row(
         "ultrafeedback", messages, scored[-1][1], scored[0][1], str(row.get("source", "other"))
     )
     # The two in the middle are neither the best nor the worst answer.
-    return [pair | {"_notes": {"further completions": len(row["completions"]) - 2}}]
+    return [pair | {"_notes": {"further completions": len(completions) - 2}}]
+
+
+def _score_completions(completions: Sequence[Mapping[str, Any]], score_key: str) -> list[tuple[float, str]]:
+    """Score and text of the completions that have a score, the lowest first."""
+    scored = [
+        (float(item[score_key]), item["response"])
+        for item in completions
+        if re.fullmatch(r"\d+(\.\d+)?", str(item.get(score_key)))
+    ]
+    return sorted(scored, key=lambda pair: pair[0])
 
 
 def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
