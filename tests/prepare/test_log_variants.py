@@ -326,7 +326,7 @@ def test_librechat_branches(tmp_path: Path, key: str) -> None:
 
 def test_a_message_of_librechat_alone_says_what_to_do(tmp_path: Path) -> None:
     row = librechat_chat()["messages"][0] | {"conversationId": "c"}
-    with pytest.raises(DataError, match=r"one message of LibreChat; group them .* docs/data\.md"):
+    with pytest.raises(DataError, match="one message of LibreChat; write reader: librechat_messages"):
         build(tmp_path, {"feedback": [{"path": write_rows(tmp_path / "m.jsonl", [row] * 40), "reader": "librechat"}]})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,7 +53,8 @@ class ReaderOptions:
 class LogReader:
     """A named reader and the kind of data that it returns: a function of an object, or paths of rluf's fields in it.
 
-    `has_ratings` says that reactions are stars or scores, which need a rule of the user.
+    `has_ratings` says that reactions are stars or scores, which need a rule of the user. `group_by` is the path of a
+    chat's id where a row of the log is one message: the reader then gets {"messages": [...]} with those of a chat.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LogReader:
     read_item: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems] | None
     columns: Mapping[str, str] = field(default_factory=dict)
     has_ratings: bool = False
+    group_by: str = ""
 
 
 def _build_user_message(text: str) -> list[dict[str, str]]:
@@ -200,6 +202,21 @@ def _read_oasst(tree: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     return items or [SkippedRow("no ranked replies")]
 
 
+def _read_oasst_messages(chat: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """The messages of one tree, as the data set's files of messages have them."""
+    replies_by_parent: dict[str | None, list[Mapping[str, Any]]] = defaultdict(list)
+    for message in chat["messages"]:
+        replies_by_parent[message["parent_id"]].append(message)
+
+    def build_node(message: Mapping[str, Any]) -> dict[str, Any]:
+        return {**message, "replies": list(map(build_node, replies_by_parent.pop(message["message_id"], [])))}
+
+    prompts = replies_by_parent.pop(None, [])
+    items = [item for prompt in prompts for item in _read_oasst({"prompt": build_node(prompt)}, options)]
+    # Messages whose parent is missing, or that lead in a circle.
+    return items + [SkippedRow("message outside its tree") for rest in replies_by_parent.values() for _ in rest]
+
+
 def _build_preference_row(
     source: str, messages: list[dict[str, str]], chosen: str, rejected: str, topic: str
 ) -> ReaderRow:
@@ -329,6 +346,7 @@ DATASET_READERS = index_readers(
     LogReader("pandalm", "preferences", _read_pandalm),
     LogReader("llmfao", "preferences", _read_llmfao),
     LogReader("oasst", "preferences", _read_oasst),
+    LogReader("oasst_messages", "preferences", _read_oasst_messages, group_by="message_tree_id"),
     LogReader("hh", "preferences", None),
     LogReader("ultrafeedback", "preferences", _read_ultrafeedback),
     LogReader("beavertails", "safety", _read_beavertails),

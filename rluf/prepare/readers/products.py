@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rluf.prepare.readers.chats import (
@@ -77,7 +78,8 @@ def _expand_chat(
             items.append(SkippedRow(f"behind the first {MAX_MESSAGES} messages of its chat"))
             continue
         thread = collect_thread(messages, message, parents)[:-1]
-        fields = read_turn(raw_message, index)
+        fields = dict(read_turn(raw_message, index))
+        fields["time"] = normalize_time(fields["time"], notes)
         context = drop_replies_at_end(thread, notes)
         flaw = _find_flaw(message, raw_message, context, is_rated=bool(name_reactions(fields.get("reaction"))))
         if flaw is not None:
@@ -128,7 +130,7 @@ def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
         user_key = str(row.get("hashed_ip") or message.get("hashed_ip") or conversation_id)
         return {
             "id": f"{conversation_id}-{index}", "user_id": hash_parts("wildchat", user_key),
-            "time": normalize_time(message.get("timestamp") or row["timestamp"]), "reaction": message.get("reaction"),
+            "time": message.get("timestamp") or row["timestamp"], "reaction": message.get("reaction"),
         }  # fmt: skip
 
     items = _expand_chat(row["conversation"], base, read_turn)
@@ -216,7 +218,7 @@ def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> Reade
 def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A conversation as exported: messages with parents, and feedback {rating: thumbsUp or thumbsDown} on some."""
     if "messageId" in row and "messages" not in row:
-        raise RowShapeError("a row is one message of LibreChat; group them by conversation, as docs/data.md says")
+        raise RowShapeError("a row is one message of LibreChat; write reader: librechat_messages")
     conversation_id = get_any(row, "conversationId", "_id")
     if isinstance(conversation_id, Mapping):  # grouped by several fields
         conversation_id = get_any(conversation_id, "conversationId", "$oid") or json.dumps(conversation_id)
@@ -229,7 +231,7 @@ def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         return {
             "id": str(get_any(message, "messageId", "id", "_id")),
-            "time": normalize_time(get_any(message, "createdAt", "updatedAt") or get_any(row, "createdAt", "exportAt")),
+            "time": get_any(message, "createdAt", "updatedAt") or get_any(row, "createdAt", "exportAt"),
             "model_version": str(get_any(message, "model") or get_any(row.get("options") or row, "model") or "unknown"),
             "reaction": name_reactions(get_by_path(message, "feedback.rating|feedback")) or None,
         }
@@ -249,7 +251,7 @@ def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         vote = votes.get(message_id, own_vote)
         time = get_any(message, "createdAt") or get_by_path(message, "metadata.createdAt") or row.get("createdAt")
         return {
-            "id": message_id, "time": normalize_time(time),
+            "id": message_id, "time": time,
             "model_version": str(get_by_path(message, "metadata.model|model") or row.get("model") or "unknown"),
             "reaction": {True: "thumbs_up", False: "thumbs_down"}.get(vote, vote) if isinstance(vote, bool) else vote,
         }  # fmt: skip
@@ -265,10 +267,11 @@ def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
             str(is_upvoted).lower().removesuffix(".0")
         ]
     # The template's table of votes has no time.
-    time = normalize_time(get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME)
+    notes = Counter[str]()
+    time = normalize_time(get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME, notes)
     reaction = "thumbs_up" if is_upvoted else "thumbs_down"
     return [{"id": hash_parts("vote", message_id, reaction, str(time)), "response_id": message_id, "time": time,
-             "reaction": reaction}]  # fmt: skip
+             "reaction": reaction, NOTES_KEY: dict(notes)}]  # fmt: skip
 
 
 def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -370,7 +373,7 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     contact_id = get_by_path(row, "contacts.contacts.0.id") or source["author"].get("id") or row["id"]
     return [{
         "id": str(row["id"]), "conversation_id": str(row["id"]), "user_id": str(contact_id),
-        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(row["created_at"]),
+        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(row["created_at"], notes),
         "model_version": str(get_by_path(row, "ai_agent.source_title|ai_agent_participated") or "unknown"),
         "messages": to_records(drop_replies_at_end(context, notes)), "response": response,
         "reaction": rating.get("rating"),
@@ -381,7 +384,7 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
 def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A thread (conversations.replies): each bot message is a row, its emoji are the reactions."""
     if "messages" not in row:
-        raise RowShapeError("a Slack row must be a thread with messages (conversations.replies), not one message")
+        raise RowShapeError("a row is one message of Slack, not a thread; write reader: slack_messages")
     notes: Counter[str] = Counter()
     texts = [_read_slack_text(m) for m in row["messages"]]
     raw_messages = [
@@ -408,7 +411,7 @@ def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         names = [name for name, user in reacting if user is None or user != raw_message.get("user")]
         notes["reactions of bots to their own messages"] += len(reacting) - len(names)
         return {
-            "id": f"{channel}-{message['id']}", "time": normalize_time(message["id"]), "reaction": names or None,
+            "id": f"{channel}-{message['id']}", "time": message["id"], "reaction": names or None,
             "model_version": str(get_by_path(raw_message, "bot_profile.name") or raw_message.get("bot_id")),
         }  # fmt: skip
 
@@ -452,7 +455,7 @@ def _read_openwebui_chats(row: Mapping[str, Any], options: ReaderOptions) -> Rea
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         time = get_any(message, "timestamp") or get_any(row, "updated_at", "created_at") or chat.get("timestamp")
         return {
-            "id": f"{chat_id}-{message['id']}", "time": normalize_time(time),
+            "id": f"{chat_id}-{message['id']}", "time": time,
             "model_version": str(get_any(message, "model", "modelName") or "unknown"),
             "reaction": name_reactions(get_by_path(message, "annotation.rating")) or None,
         }  # fmt: skip
@@ -467,15 +470,49 @@ _OPENWEBUI_COLUMNS = {
     "message": "meta.message_id", "reaction": "data.rating", "topic": "data.tags.0|=other",
 }  # fmt: skip
 
+
+def _read_grouped(
+    read_chat_row: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems],
+    time_keys: Sequence[str],
+    id_key: str,
+    row: Mapping[str, Any],
+    options: ReaderOptions,
+) -> ReaderItems:
+    """A chat whose messages were rows of their own: in the order of their times, with the chat's id."""
+    messages = row["messages"]
+    if get_any(messages[0], id_key) is None:
+        raise RowShapeError(f"a message has no {id_key}")
+    times = [str(normalize_time(get_any(message, *time_keys))) for message in messages]
+    ordered = [messages[index] for index in sorted(range(len(messages)), key=times.__getitem__)]
+    return read_chat_row({id_key: ordered[0][id_key], "messages": ordered}, options)
+
+
+_CREATED_KEYS = ("createdAt", "created_at")
+
 PRODUCT_READERS = index_readers(
     LogReader("openwebui", "feedback", None, _OPENWEBUI_COLUMNS),
     LogReader("openwebui_chats", "feedback", _read_openwebui_chats),
     LogReader("librechat", "feedback", _read_librechat),
+    LogReader(
+        "librechat_messages",
+        "feedback",
+        partial(_read_grouped, _read_librechat, _CREATED_KEYS, "conversationId"),
+        group_by="conversationId",
+    ),
     LogReader("vercel", "feedback", _read_vercel),
+    LogReader(
+        "vercel_messages", "feedback", partial(_read_grouped, _read_vercel, _CREATED_KEYS, "chatId"), group_by="chatId"
+    ),
     LogReader("vercel_votes", "reactions", _read_vercel_vote),
     LogReader("argilla", "feedback", _read_argilla, has_ratings=True),
     LogReader("intercom", "feedback", _read_intercom, has_ratings=True),
     LogReader("slack", "feedback", _read_slack),
+    LogReader(
+        "slack_messages",
+        "feedback",
+        partial(_read_grouped, _read_slack, ("ts",), "ts"),
+        group_by="thread_ts|ts",
+    ),
     LogReader("wildchat", "feedback", _read_wildchat),
     LogReader("lmsys", "preferences", _read_lmsys),
     LogReader("lmsys_prompts", "prompts", _read_lmsys_prompts),

@@ -81,7 +81,7 @@ def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         "id": response_id, "conversation_id": str(metadata.get("conversation_id", response_id)),
         "turn": count_user_turns(messages),
         "user_id": str(request.get("user") or metadata.get("user_id") or response_id),
-        "time": normalize_time(response.get("created", row.get("created", row.get("created_at")))),
+        "time": normalize_time(response.get("created", row.get("created", row.get("created_at"))), notes),
         "model_version": response.get("model") or request["model"], "messages": to_records(messages),
         "response": response_text, "reaction": reactions or None,
         "finish_reason": FINISH_REASONS.get(str(get_by_path(response, "choices.0.finish_reason"))),
@@ -242,8 +242,10 @@ def _read_langfuse_score(rated_kind: str, row: Mapping[str, Any], options: Reade
     rated_id, reaction = get_any(row, f"{rated_kind}Id", f"{rated_kind}_id"), _read_score(row)
     if rated_id is None or reaction is None:
         return [SkippedRow(f"no {rated_kind}" if rated_id is None else "no reaction")]
-    time = normalize_time(get_any(row, "timestamp", "createdAt", "created_at"))
-    return [{"id": str(row["id"]), "response_id": str(rated_id), "time": time, "reaction": reaction}]
+    notes = Counter[str]()
+    time = normalize_time(get_any(row, "timestamp", "createdAt", "created_at"), notes)
+    fields = {"id": str(row["id"]), "response_id": str(rated_id), "time": time, "reaction": reaction}
+    return [fields | {NOTES_KEY: dict(notes)}]
 
 
 def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -299,8 +301,10 @@ def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> 
         return [SkippedRow("score is not a user's")]
     if reaction is None or row["run_id"] is None:
         return [SkippedRow("no reaction" if reaction is None else "no run")]
-    time = normalize_time(get_any(row, "created_at", "modified_at"))
-    return [{"id": str(row["id"]), "response_id": str(row["run_id"]), "time": time, "reaction": [reaction]}]
+    notes = Counter[str]()
+    time = normalize_time(get_any(row, "created_at", "modified_at"), notes)
+    fields = {"id": str(row["id"]), "response_id": str(row["run_id"]), "time": time, "reaction": [reaction]}
+    return [fields | {NOTES_KEY: dict(notes)}]
 
 
 TRACE_READERS = index_readers(
