@@ -478,6 +478,15 @@ def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
             yield form_match.span()
 
 
+PERSONAL_ID_PATTERN = "|".join((
+    r"[@\x{FF20}]|%40",
+    # Messengers write whatsapp:+49..., and log files 203.0.113.7:443.
+    r"(^|[:/_ -])\+\d[\d ().-]{7,}$", r"(^|[^\d.])\d{1,3}(\.\d{1,3}){3}($|[^\d.])",
+    r"^\(?\d{2,5}\)?[ .-]\d{3,4}[ .-]\d{4}$", r"^0\d( \d\d){4}$", r"^00[1-9]\d{0,3}[ ().-][\d ().-]{6,}$",
+    r"^[0-9a-fA-F]{0,4}(:[0-9a-fA-F]{0,4}){3,7}$",
+))  # fmt: skip
+"""Ids of users and rows that are personal data themselves, as a pattern of RE2."""
+
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
     "key": _find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
     "id": _find_id_numbers, "phone": _find_phones,

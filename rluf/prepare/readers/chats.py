@@ -83,7 +83,7 @@ _MESSAGE_KEY = re.compile(
     rf"\s*(?:array\()?[\s\[{{(\"'\\]{{0,10}}{_QUOTE}(?:role|content|from|author|sender|speaker){_QUOTE}\s?[:=]"
 )
 """How a list of messages begins that is written in another way than as JSON."""
-_SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
+SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
 _EVENT_STREAM = re.compile(r'\s*(?:event: ?\w+\s+)?data: ?\{"(?:id|object|type|choices|candidates|delta)"')
 """How a logged stream of server-sent events begins."""
 _TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>")
@@ -220,7 +220,7 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         if isinstance(history := value.get("history"), Mapping) and history.get("messages"):
             value = history
         if "messages" in value:
-            notes["system prompts next to their messages"] += any(value.get(key) for key in _SYSTEM_PROMPT_KEYS)
+            notes["system prompts next to their messages"] += any(value.get(key) for key in SYSTEM_PROMPT_KEYS)
             return read_chat(value["messages"], notes, shape)
         if isinstance(roles := value.get("role"), list):
             # Hugging Face stores a list of messages as an object of lists.

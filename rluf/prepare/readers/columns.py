@@ -23,6 +23,7 @@ from rluf.config.objectives import LABELS_KEY_PREFIX
 from rluf.errors import SettingsError
 from rluf.prepare.labels import MISSING_TEXTS, LabelRules, choose_reaction
 from rluf.prepare.readers.chats import (
+    SYSTEM_PROMPT_KEYS,
     ChatMessage,
     ChatShape,
     RowShapeError,
@@ -268,6 +269,9 @@ class RowConverter:
             if value is not None:
                 fields[name] = value
         self.path_counts[""] += 1
+        if not self.columns:  # a data set for training, such as TRL's
+            is_text = [isinstance(row.get(key), str) and bool(row[key]) for key in SYSTEM_PROMPT_KEYS]
+            notes["system prompts next to their messages"] += any(is_text)
         # A row without reaction has no rated message; its response is the last one.
         is_missing_message = "message" in self.columns and "message" not in fields
         if is_missing_message and name_reactions(fields.get("reaction")):
