@@ -1,7 +1,8 @@
 """Recall of redaction by kind and language, false positives on clean messages, and time on hostile messages.
 
 Personal data of every documented kind, in the written forms of several countries and services, stand in sentences of
-eight languages, with and without spaces around them. Clean messages are full of numbers, codes and addresses that are
+eleven languages, with and without spaces around them (redaction_sentences.py has sentences written apart from them).
+Clean messages are full of numbers, codes and addresses that are
 not personal data. Hostile messages of 1 MiB repeat the start of a pattern. Prints one JSON line last.
 
 python benchmarks/redaction.py [--secrets 60] [--clean 20000]
@@ -26,7 +27,7 @@ from rluf.config.data import PrepareSettings
 from rluf.prepare.redact import redact_array, redact_text
 
 KINDS: tuple[str, ...] = PrepareSettings().redact
-LANGUAGES = ("en", "de", "es", "ru", "ar", "zh", "ja", "ko", "th")
+LANGUAGES = ("en", "de", "es", "ru", "ar", "zh", "ja", "ko", "th", "hi", "pt")
 SENTENCES = {
     "en": ("write to {} please", "my data: {}.", "({})", "is it {}, or not?"),
     "de": ("meine Angabe ist {}, danke", "bitte {} löschen", "({})"),
@@ -37,6 +38,8 @@ SENTENCES = {
     "ja": ("私のは{}です", "「{}」をお願いします", "情報：{}。"),
     "ko": ("제 것은 {}입니다", "정보:{}예요", "이건{}요"),
     "th": ("ของฉันคือ{}ครับ", "ข้อมูล{}ค่ะ", "นี่ {} นะ"),
+    "hi": ("मेरा डेटा {} है", "यह{}हटा दो", "जानकारी: {}।"),
+    "pt": ("os meus dados: {}.", "é {} mesmo?", "usa {} por favor"),
 }
 PHONE_WORDS = {
     "en": "phone number: ",
@@ -48,6 +51,8 @@ PHONE_WORDS = {
     "ja": "電話番号は",
     "ko": "전화번호는 ",
     "th": "เบอร์โทร",
+    "hi": "फोन नंबर: ",
+    "pt": "telefone: ",
 }
 PASSWORD_WORDS = {
     "en": "password: ",
@@ -59,6 +64,8 @@ PASSWORD_WORDS = {
     "ja": "パスワード：",
     "ko": "비밀번호: ",
     "th": "รหัสผ่าน: ",
+    "hi": "पासवर्ड: ",
+    "pt": "senha: ",
 }
 PHONES = {
     "en": ("+1 415 555 {4}", "(212) 555-{4}", "303-555-{4}", "+44 20 79{2} {4}"),
@@ -69,6 +76,8 @@ PHONES = {
     "zh": ("138{8}", "139 {4} {4}", "+86 138 {4} {4}", "010-6{7}", "１３８{8w}"),
     "ja": ("090-{4}-{4}", "03-3{3}-{4}", "+81 90 {4} {4}", "080{8}"),
     "ko": ("010-2{3}-{4}", "+82 10 2{3} {4}", "010 3{3} {4}", "02-312-{4}"),
+    "hi": ("98{8}", "+91 98{3} {2}{3}", "098{8}", "98{3} {2}{3}"),
+    "pt": ("(11) 98{3}-{4}", "+55 21 98{3}-{4}", "912 {3} {3}", "+351 91{2} {3} {2}"),
     "th": ("081-2{2}-{4}", "+66 81 2{2} {4}", "0812{6}", "02-2{2}-{4}"),
 }
 ALPHANUMERIC = string.ascii_letters + string.digits
@@ -337,6 +346,16 @@ HOSTILE_UNITS = (
     "电话 12345678901 ",
     ".",
     "_",
+    "password is a ",
+    "password of the a ",
+    "パスは",
+    " arroba a ponto ",
+    ") punkt (a",
+    "IBAN",
+    "ip1.1.1.1 ",
+    "900101-1234567 ",
+    "A1234567 ",
+    "संपर्क",
 )
 
 

@@ -27,45 +27,70 @@ and hides nothing."""
 _LOCAL_CHARS = r"A-Za-z0-9.!#$%&'*+/=?^_`{|}~\-À-ÖØ-öø-ɏΑ-ωЀ-ӿ"
 # A pattern that starts with a character class and looks behind after it is found several times faster than one that
 # looks behind first.
+# Vowels of Devanagari, Thai and Arabic are signs above or below a letter; Python does not count these as \w.
+_MARKS = r"\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u064b-\u0652"
 _DOMAIN = (
-    r"(?!\d+\.\d)(?:(?![-_.])[^\W_](?:[\w-]{0,62})\.){1,8}"
+    rf"(?!\d+\.\d)(?:(?![-_.])[^\W_](?:[\w{_MARKS}-]{{0,62}})\.){{1,8}}"
     r"(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}(?![A-Za-z0-9_])|公司|网络|網絡|中国|中國|香港|台灣|рф|укр|한국|भारत|ไทย|مصر|السعودية)"
 )
 _AT_PATTERN = re.compile("@" + _DOMAIN)
 _SPELLED_AT_PATTERN = re.compile(
     r"[(\[{] ?(?:at|@|arroba) ?[)\]}] ?"
-    r"(?:[A-Za-z0-9-]{1,63} ?(?:\.|[(\[{] ?(?:dot|punkt|punto|point|\.) ?[)\]}]) ?){1,6}"
+    r"(?:[A-Za-z0-9-]{1,63} ?(?:\.|[(\[{] ?(?:dot|punkt|punto|ponto|point|\.) ?[)\]}]) ?){1,6}"
     r"[A-Za-z]{2,24}(?![A-Za-z0-9_])",
     re.IGNORECASE,
 )
-_LOCAL_PATTERN = re.compile(rf" ?(?:[{_LOCAL_CHARS}]{{1,64}}|\"[^\"\s@]{{1,62}}\"|[^\W\d_]{{1,16}})")
+_NAMED_AT_PATTERN = re.compile(
+    r"(?<=[A-Za-z0-9_]) arroba (?:[A-Za-z0-9-]{1,63} (?:dot|punkt|punto|ponto|point) ){1,3}"
+    r"[A-Za-z]{2,24}(?![A-Za-z0-9_])",
+    re.IGNORECASE,
+)
+_DOTTED_LOCAL = r"[A-Za-z0-9_-]{1,32}(?: ?[)\]}] ?(?:tod|tknup|otnup|otnop|tniop|\.) ?[(\[{] ?[A-Za-z0-9_-]{1,32}){1,4}"
+_LOCAL_PATTERN = re.compile(
+    rf" ?(?:{_DOTTED_LOCAL}|[{_LOCAL_CHARS}]{{1,64}}|\"[^\"\s@]{{1,62}}\"|(?:[{_MARKS}]{{0,2}}[^\W\d_]){{1,16}})",
+    re.IGNORECASE,
+)
 """The part of an address before the sign @, read backwards: in Latin, Greek or Cyrillic, in quotes, or a word of
 another script."""
 _CARD_PATTERN = re.compile(
     r"[2-6](?<![A-Za-z0-9_.-].)(?:\d{3}([./])\d{4}\1\d{4}\1\d{4}|(?:[ -]{0,2}\d){12,18})(?![A-Za-z0-9_]|-\d)", re.ASCII
 )
-_CARD_CODE_WORDS = ("cvv", "cvc", "security code", "安全码", "セキュリティコード")
+_CARD_CODE_WORDS = (
+    "cvv", "cvc", "security code", "安全码", "安全碼", "セキュリティコード", "보안코드", "보안 코드",
+    "código de segurança", "código de seguridad", "prüfnummer", "prüfziffer", "sicherheitscode", "รหัสความปลอดภัย",
+    "รหัส cvv", "رمز الأمان",
+    "رمز الحماية", "सुरक्षा कोड", "код безопасности", "cryptogramme",
+)  # fmt: skip
 _CARD_CODE_PATTERN = re.compile(
-    rf"(?<![A-Za-z])(?:cvv2|cvc2|{'|'.join(_CARD_CODE_WORDS)})" + r"[ :：=#-]{0,3}(?:is |は|是)?(\d{3,4})(?!\d)",
+    rf"(?<![A-Za-z])(?:cvv2|cvc2|{'|'.join(_CARD_CODE_WORDS)})[ :：=#-]{{0,3}}"
+    r"(?:(?:is|ist|es|é|est|lautet|هو) |は |は|是|는 |는|은 |은|คือ ?)?(\d{3,4})(?!\d)",
     re.IGNORECASE,
 )
-_IBAN_PATTERN = re.compile(r"[A-Za-z](?<![A-Za-z0-9].)[A-Za-z]\d{2}(?:[ -]?[A-Za-z0-9]){11,30}", re.ASCII)
-_IPV4_PATTERN = re.compile(r"\d(?<![A-Za-z0-9_.-].)\d{0,2}(?:\.\d{1,3}){3}(?![A-Za-z0-9_]|\.\d|-\d)", re.ASCII)
+_IBAN_PATTERN = re.compile(
+    r"[A-Za-z](?:(?<![A-Za-z0-9].)|(?<=[Ii][Bb][Aa][Nn].))[A-Za-z]\d{2}(?:[ .-]?[A-Za-z0-9]){11,30}", re.ASCII
+)
+_IPV4_PATTERN = re.compile(
+    r"\d(?:(?<![A-Za-z0-9_.-].)|(?<=[Ii][Pp].))\d{0,2}(?:\.\d{1,3}){3}(?![A-Za-z0-9_]|\.\d|-\d)", re.ASCII
+)
 _IPV6_PATTERN = re.compile(
     r"(?<![A-Za-z0-9_.])(?<![0-9A-Fa-f:]:)(?:[0-9A-Fa-f]{1,4}|(?=::))(?::[0-9A-Fa-f]{0,4}){2,7}(?:\d{0,3}(?:\.\d{1,3}){3})?(?![A-Za-z0-9_:])"
 )
 _VERSION_CONTEXT_PATTERN = re.compile(
-    r"(?:\bv|version|ver\.?|release|build|firmware|driver|版本|バージョン|버전|เวอร์ชัน|версия|versión|versão|إصدار|الإصدار|संस्करण)"
+    r"(?:\bv|version|\bver\.?|release|build|firmware|driver|版本|バージョン|버전|เวอร์ชัน|รุ่น|версия|versión|versão|إصدار|الإصدار|संस्करण)"
     r"[ :=]{0,2}(?:is |of |на )?$", re.IGNORECASE
 )  # fmt: skip
 _PREFILTER_PATTERN = (
     r"@|[(\[{] ?(?:at|AT|At|arroba) ?[)\]}]|\d(?:[ ().\-/]{0,2}\d){6}|[A-Za-z]{2}\d{2}[ -]?[A-Za-z0-9]{2}"
     r"|\d\.\d{1,3}\.\d{1,3}\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:|[A-Za-z0-9_\-/+=.]{16}|PRIVATE KEY|://|[A-Z]{5}\d|[A-Z]{6}"
-    r"|[A-Z]-?\d{7}|(?i:cvv|cvc|security code|key|token|secret|pass|pwd|kennwort|contrase|clave|senha)"
+    r"|[A-Z]-?\d{6}|(?i: arroba )|[([{] ?(?:punkt|ponto|punto|dot|point) ?[)\]}]"
+    r"|(?i:cvv|cvc|security code|segurança|seguridad|prüf|sicherheitsc|cryptogr|key|token|secret|pass|pwd|kennwort)"
+    r"|(?i:contrase|clave|senha|schl)"
     # Without width, full-width, of another script, or mathematical: what the forms above do not show.
     r"|[\x{AD}\x{200B}-\x{200D}\x{2060}\x{FEFF}\x{FF10}-\x{FF19}\x{FF20}-\x{FF3A}\x{FF41}-\x{FF5A}\x{1D400}-\x{1D7FF}]"
     r"|[\x{660}-\x{669}\x{6F0}-\x{6F9}\x{966}-\x{96F}\x{9E6}-\x{9EF}\x{E50}-\x{E59}]|\d[\x{A0}\x{2000}-\x{2015}\x{202F}\x{2212}\x{3000}]\d"
-    r"|пароль|密码|密碼|口令|安全码|パスワード|セキュリティコード|비밀번호|암호|รหัสผ่าน|पासवर्ड|كلمة"
+    r"|пароль|код безоп|密码|密碼|口令|安全码|安全碼|パスワード|暗証番号|セキュリティコード"
+    r"|비밀번호|비번|패스워드|암호|보안|รหัส|พาสเวิร์ด"
+    r"|पासवर्ड|सुरक्षा|كلمة|كلمه|الرقم السري|باسورد|رمز"
 )
 """Matches every text that any finder could match. It must stay a superset of the patterns above: a text that it misses
 is never scanned. RE2 (in Arrow) runs it over whole columns, so it uses no look-around."""
@@ -83,7 +108,7 @@ def _check_matches(
 
 def _find_emails(text: str) -> Iterator[tuple[int, int]]:
     reversed_text = text[::-1]
-    for pattern in (_AT_PATTERN, _SPELLED_AT_PATTERN):
+    for pattern in (_AT_PATTERN, _SPELLED_AT_PATTERN, _NAMED_AT_PATTERN):
         for match in pattern.finditer(text):
             local_part = _LOCAL_PATTERN.match(reversed_text, len(text) - match.start())
             # git@host:path is the address of a repository.
@@ -96,7 +121,9 @@ def _find_card_end(match: re.Match[str]) -> int | None:
 
     number = re.sub(r"\D", "", match[0])
     # Cards begin with 2 to 6; one repeated digit passes Luhn's check but is a placeholder.
-    is_card = number[0] in "23456" and len(set(number)) > 1 and luhn.is_valid(number)
+    # With 2 those of Mir and Mastercard do; other numbers are mostly times, as in order numbers: 20240131...
+    is_issued = number[0] in "3456" or "2200" <= number[:4] <= "2204" or "2221" <= number[:4] <= "2720"
+    is_card = is_issued and len(set(number)) > 1 and luhn.is_valid(number)
     return match.end() if is_card else None
 
 
@@ -115,7 +142,7 @@ def _find_iban_end(match: re.Match[str]) -> int | None:
         if match.string[end : end + 1].isalnum() and match.string[end].isascii():
             continue
         candidate = match.string[match.start() : end]
-        if candidate[-1] not in " -" and iban.is_valid(candidate):
+        if candidate[-1] not in " .-" and iban.is_valid(candidate):
             return end
     return None
 
@@ -171,17 +198,26 @@ _PRIVATE_KEY_PATTERN = re.compile(
 _URL_PASSWORD_PATTERN = re.compile(r"://[^\s:/?#@\[\]]{0,128}:([^\s/?#@\[\]]{1,128})@")
 _SLACK_HOOK_PATTERN = re.compile(r"hooks\.slack\.com/services/([A-Za-z0-9_/]{20,120})")
 
-_KEY_WORDS = (
-    "key", "token", "secret", "password", "passwd", "passphrase", "passcode", "pwd", "passwort", "kennwort",
-    "contraseña", "clave", "mot de passe", "senha", "пароль", "密码", "密碼", "口令", "パスワード", "비밀번호", "암호",
-    "รหัสผ่าน", "पासवर्ड", "كلمة المرور", "كلمة السر",
+_PASSWORD_WORDS = (
+    "password", "passwd", "passphrase", "passcode", "pwd", "passwort", "kennwort", "contraseña", "clave",
+    "mot de passe", "senha", "palavra-passe", "palavra passe", "schlüssel", "пароль", "密码", "密碼", "口令",
+    "パスワード", "パスは", "パスが", "暗証番号", "비밀번호", "비번", "패스워드", "암호", "รหัสผ่าน", "พาสเวิร์ด", "पासवर्ड",
+    "كلمة المرور", "كلمة السر", "كلمه السر", "الرقم السري", "باسورد",
 )  # fmt: skip
+_KEY_WORDS = ("key", "token", "secret", *_PASSWORD_WORDS)
+_IS = r"(?:=>|:=|=|:|：|(?:is|ist|lautet|es|est|é)(?![A-Za-z])| - |是|为|為|は|は、|が|는|은|คือ|هي|هو|है)"
+_CLOSING = r"(?:_id)?[\"'`\])]{0,2}\s{0,2}"
 _ASSIGNMENT_PATTERN = re.compile(
-    r"(?:" + "|".join(_KEY_WORDS) + r")(?:_id)?[\"'`\])]{0,2}\s{0,2}"
-    r"(?:=>|:=|=|:|：|(?:is|ist|es|est|是|为|為|は|は、|는|은|คือ)(?![A-Za-z]))\s{0,3}[\"'`「]?"
-    r"([A-Za-z0-9!#$%&*+,./:;=?@^_~|-]{6,512})",
+    rf"(?:key|token|secret){_CLOSING}{_IS}\s{{0,3}}[\"'`「]?([A-Za-z0-9!#$%&*+,./:;=?@^_~|-]{{6,512}})",
     re.IGNORECASE,
 )
+_PASSWORD_PATTERN = re.compile(
+    rf"({'|'.join(_PASSWORD_WORDS)}){_CLOSING}(?:({_IS})|([ \w]{{0,24}} {_IS}))?"
+    rf"\s{{0,3}}[\"'`「]?([a-z0-9!#$%&*+,./:;=?@^_~|-]{{4,512}})"
+)
+"""After these words a value counts without a sign between, and one of digits after an ASCII word only with a sign. Up
+to 24 characters may come before the sign: the password of the guest network is ... It matches text in lower case, which
+takes half the time of one that ignores case."""
 _BEARER_PATTERN = re.compile(r"bearer[ :：]{1,3}([A-Za-z0-9._~+/=-]{16,4000})", re.IGNORECASE)
 
 
@@ -207,6 +243,14 @@ def _is_random_value(value: str) -> bool:
     return is_long or any(char.isdecimal() or char in "!#$%&*+=?@^~" for char in value)
 
 
+def _is_password(value: str, *, has_sign: bool) -> bool:
+    """Whether a value after a word for a password is one: a random value, digits after a sign, or both in one word."""
+    if value.isdecimal():
+        return has_sign
+    is_mixed = any(map(str.isdecimal, value)) and any(map(str.isalpha, value))
+    return _is_random_value(value) if has_sign else is_mixed and len(value) >= 6 and "-" not in value
+
+
 def _find_keys(text: str) -> Iterator[tuple[int, int]]:
     """Spans of secrets; of an assignment, an authorization header or a URL only the secret itself."""
     if "PRIVATE KEY" in text:
@@ -223,20 +267,33 @@ def _find_keys(text: str) -> Iterator[tuple[int, int]]:
             value = match[1].rstrip(".,;:!?")
             if _is_random_value(value):
                 yield match.start(1), match.start(1) + len(value)
+        if len(lower_text) != len(text):  # one letter became two, as in Turkish
+            lower_text = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
+        for match in _PASSWORD_PATTERN.finditer(lower_text):
+            value = text[match.start(4) : match.end(4)].rstrip(".,;:?")
+            has_sign = match[2] is not None or (value.isdecimal() and not match[1].isascii() and match[3] is None)
+            if len(value) >= 4 and _is_password(value, has_sign=has_sign):
+                yield match.start(4), match.start(4) + len(value)
 
 
 _PHONE_PATTERN = re.compile(
-    r"[+(\d](?<![A-Za-z0-9_.+-].)(?:(?<=\+) ?\(?\d|(?<=\()\d|(?<=\d))(?:[ ().\-/]{0,2}\d){6,18}(?!-?[A-Za-z0-9_])",
+    r"[+(\d](?<![A-Za-z0-9_+-].)(?<![\d.]\..)(?:(?<=\+) ?\(?\d|(?<=\()\d|(?<=\d))"
+    r"(?:[ ().\-/]{0,2}\d){6,18}(?!-?[A-Za-z0-9_])",
     re.ASCII,
-)  # fmt: skip
+)
 _PHONE_CONTEXT_PATTERN = re.compile(
     r"(?:(?<![a-z])(?:call|(?:tele)?phone|tel|text|whatsapp|mobile?|cell|fax|number|dial|ring|sms|contact|reach|anruf\w*"
-    r"|telefon\w*|handy\w*|rufnummer|nummer|erreich\w*|m[oó]vil|celular|llam\w*|n[uú]mero|t[eé]l[eé]?phone|t[eé]l"
-    r"|portable|appel\w*|num[eé]ro|joindre|ligue|ligar|cellulare|chiam\w*)(?![a-z])|тел|номер|звон|моб|电话|電話|手机"
-    r"|手機|号码|號碼|联系|聯繫|拨打|携帯|番号|전화|휴대폰|연락|번호|핸드폰|โทร|เบอร์|ติดต่อ|फ़?ोन|मोबाइल|नंबर|कॉल|هاتف|جوال|رقم|اتصل|الاتصال)"
+    r"|telefon\w*|handy\w*|rufnummer|nummer|erreich\w*|m[oó]vil|telem[oó]vel|celular|llam\w*|n[uú]mero|t[eé]l[eé]?phone|t[eé]l"
+    r"|f[ao]ne|whats|zap|contac?to|portable|appel\w*|num[eé]ro|joindre|ligue|ligar|cellulare|chiam\w*)(?![a-z])|тел|номер|звон|моб|电话|電話|手机"
+    r"|手機|号码|號碼|联系|聯繫|打|微信|携帯|番号|連絡|전화|휴대폰|연락|번호|핸드폰|โทร|เบอร์|ติดต่อ|फ़?ोन|मोबाइल|नंबर|कॉल|هاتف|جوال|رقم|اتصل|الاتصال)"
     r"[^\n\d]{0,20}$",
     re.IGNORECASE,
 )
+_PHONE_AFTER_PATTERN = re.compile(
+    r"[^\n\d]{0,12}?(?:連絡|電話|折り返|联系|聯繫|拨打|打给|打來|전화|문자|연락|โทร|ติดต่อ|कॉल|फ़?ोन|اتصل|anruf|erreich|ligar)",
+    re.IGNORECASE,
+)
+"""Words after a number that say the same, as in languages whose verbs come last."""
 _CONTEXT_CHARS = 48
 """Characters before a number in which a word such as phone counts."""
 
@@ -250,14 +307,14 @@ _NATIONAL_PHONE_PATTERN = re.compile(
 """Groupings of numbers without country code that are usual somewhere and rare otherwise."""
 _PHONE_REGIONS = (
     "US", "GB", "DE", "FR", "IN", "CN", "JP", "KR", "TH", "ES", "BR", "RU", "IT", "MX", "AU", "NL", "PL", "TR", "EG",
-    "SA", "AE", "HK", "TW",
+    "SA", "AE", "HK", "TW", "PT",
 )  # fmt: skip
 """Countries whose numbers are also recognized without their +code."""
-_NOT_PHONE_PATTERN = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+|\d{4} ?[-/] ?\d{4}", re.ASCII)
-"""Dates, numbers with a fraction, and ranges of years."""
+_NOT_PHONE_PATTERN = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+|\d{4} ?[-/] ?\d{4}|\d{5}-\d{3}", re.ASCII)
+"""Dates, numbers with a fraction, ranges of years, and postal codes of Brazil."""
 
 
-def _is_phone(number: str, context: str, follows_phone: bool) -> bool:
+def _is_phone(number: str, context: str, text_after: str, follows_phone: bool) -> bool:
     import phonenumbers
 
     if number.lstrip("(").startswith("00"):
@@ -273,6 +330,7 @@ def _is_phone(number: str, context: str, follows_phone: bool) -> bool:
         # Bare digits are mostly order numbers and ids: they need nine digits, and a word such as "call" before them.
         follows_phone
         or _PHONE_CONTEXT_PATTERN.search(context)
+        or _PHONE_AFTER_PATTERN.match(text_after)
         or (not number.isdecimal() and _NATIONAL_PHONE_PATTERN.fullmatch(number))
     ):
         regions = _PHONE_REGIONS
@@ -297,8 +355,9 @@ def _find_phones(text: str) -> Iterator[tuple[int, int]]:
     for index, match in enumerate(_PHONE_PATTERN.finditer(text)):
         start = match.start()
         context = text[max(0, start - _CONTEXT_CHARS) : start]
+        text_after = text[match.end() : match.end() + _CONTEXT_CHARS]
         # "call A or B": what makes A a number makes B one.
-        if index >= MAX_CHECKED or _is_phone(match[0], context, start - last_end <= 6):
+        if index >= MAX_CHECKED or _is_phone(match[0], context, text_after, start - last_end <= 6):
             last_end = match.end()
             yield match.span()
 
@@ -315,40 +374,47 @@ _ID_FORMATS = {
     "es_nie": r"[XYZ]-?\d{7}-?[A-HJ-NP-TV-Z]",
     "it_codicefiscale": r"[A-Z]{6}\d{2}[A-EHLMPR-T]\d{2}[A-Z]\d{3}[A-Z]",
     "fr_nir": r"[12] \d{2} \d{2} (?:\d{2}|2[AB]) \d{3} \d{3} \d{2}",
-    "word": r"\d{2,4}(?:[ -]?\d{2,6}){1,4}",
+    "letter": r"[A-Z]{1,2}\d{6,9}(?:\([0-9A]\))?",
+    "word": r"\d{1,4}(?:[ -]?\d{1,6}){1,4}",
 }
-"""Written forms of identity numbers, by module of python-stdnum; `word`: other forms, after the name of a number."""
+"""Written forms of identity numbers, by module of python-stdnum; `letter` and `word`: forms that count
+only after the name of a number."""
 _ID_END = r"(?![A-Za-z0-9]|-\d)"
 _ID_PATTERN = re.compile(
     "(?:" + "|".join(f"(?P<{name}>{form})" for name, form in _ID_FORMATS.items()) + ")" + _ID_END, re.ASCII
 )
-_ID_FORM_PATTERN = re.compile(
-    "(?:" + "|".join(form for name, form in _ID_FORMATS.items() if name != "word") + ")" + _ID_END, re.ASCII
-)
-_ID_START = r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|[ -]?\d{2})"
+_OWN_FORMS = [form for name, form in _ID_FORMATS.items() if name not in ("letter", "word")]
+_ID_FORM_PATTERN = re.compile(rf"(?:{'|'.join(_OWN_FORMS)}){_ID_END}", re.ASCII)
+_ID_START = r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|\d?[ -]?\d{2})"
 _ID_START_PATTERN = re.compile(_ID_START)
 """Where an identity number may start; tried at each position of a text, the forms above would take too long."""
 _ID_FORM_START_PATTERN = re.compile(rf"{_ID_START}(?<=(?={_ID_FORM_PATTERN.pattern}).)", re.ASCII)
 """Where a number of a national form starts: finds a start and looks back at it, so that no start costs a call."""
 _ID_CONTEXTS = (
-    ("cn.ric", r"身份证|身份證"),
-    ("jp.in_", r"マイナンバー|個人番号|(?<![a-z])my number"),
-    ("kr.rrn", r"주민등록번호|주민번호"),
-    ("th.pin", r"บัตรประชาชน|เลขประจำตัว"),
-    ("in_.aadhaar", r"aadha+r|आधार"),
-    ("br.cpf", r"(?<![a-z])cpf(?![a-z])"),
-    ("de.idnr", r"steuer-?id|identifikationsnummer|(?<![a-z])idnr"),
-    ("pl.pesel", r"(?<![a-z])pesel"),
-    ("nl.bsn", r"(?<![a-z])bsn(?![a-z])|burgerservicenummer"),
-    ("tr.tckimlik", r"kimlik|(?<![a-z])tckn"),
-    ("gb.nhs", r"(?<![a-z])nhs(?![a-z])"),
-    ("fr.nir", r"s[eé]curit[eé] sociale|(?<![a-z])nir(?![a-z])"),
+    # A number after its name counts even if its check digit is wrong or it was never issued: people mistype.
+    (r"\d{9}", r"(?<![a-z])ssn(?![a-z])|social security"),
+    (r"\d{17}[\dXx]|\d{15}|[A-Z]{1,2}\d{6}(?:\([0-9A]\)|[0-9A])|[A-Z][12]\d{8}", r"身份证|身份證|身分證"),
+    (r"\d{12}", r"マイナンバー|個人番号|(?<![a-z])my number"),
+    (r"\d{13}", r"주민등록번호|주민번호|외국인등록번호"),
+    (r"\d{13}", r"บัตรประชาชน|เลขประจำตัว"),
+    (r"\d{12}", r"aadha+r|आधार"),
+    (r"\d{11}", r"(?<![a-z])cpf(?![a-z])"),
+    (r"\d{9}", r"(?<![a-z])nif(?![a-z])|contribuinte"),
+    (r"\d{11}", r"steuer(?:nummer)?-?id|identifikationsnummer|(?<![a-z])idnr"),
+    (r"\d{11}", r"(?<![a-z])pesel"),
+    (r"\d{8,9}", r"(?<![a-z])bsn(?![a-z])|burgerservicenummer"),
+    (r"\d{11}", r"kimlik|(?<![a-z])tckn"),
+    (r"\d{10}", r"(?<![a-z])nhs(?![a-z])"),
+    (r"\d{13}|\d{15}", r"s[eé]curit[eé] sociale|(?<![a-z])nir(?![a-z])"),
+    (r"\d{10}", r"رقم الهوية|رقم الإقامة|الاقامة"),
+    (r"\d{14}", r"الرقم القومي|رقم قومي"),
 )  # fmt: skip
+"""Forms of identity numbers without signs in them, and the names that come before them."""
 
 
 _ASCII_ID_WORDS = (
     "aadha", "bsn", "burgerservicenummer", "cpf", "identifikationsnummer", "idnr", "kimlik", "my number", "nhs", "nir",
-    "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
+    "nif", "contribuinte", "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
 )  # fmt: skip
 """In each ASCII text that one of the contexts matches is one of these; to look for them is a tenth of the work."""
 
@@ -358,25 +424,37 @@ def _load_validator(module_name: str) -> Any:
     return import_module(f"stdnum.{module_name}").is_valid
 
 
+def _is_valid_number(module_name: str, number: str) -> bool:
+    try:
+        return bool(_load_validator(module_name)(number))
+    except KeyError:
+        # python-stdnum looks up the place of a Chinese number last, and knows the province of this one only.
+        return True
+
+
 @cache
-def _load_id_contexts() -> list[tuple[re.Pattern[str], Any]]:
-    contexts = [
-        # A number after the name of a US social security number counts even if it was never issued.
-        (r"(?<![a-z])ssn(?![a-z])|social security", re.compile(r"\d{9}").fullmatch),
-        *((words, _load_validator(name)) for name, words in _ID_CONTEXTS),
+def _load_id_contexts() -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
+    return [
+        (re.compile(rf"(?:{words})[^\n\d]{{0,20}}$", re.IGNORECASE), re.compile(form)) for form, words in _ID_CONTEXTS
     ]
-    return [(re.compile(rf"(?:{words})[^\n]{{0,20}}$", re.IGNORECASE), validate) for words, validate in contexts]
 
 
-def _is_id_number(number: str, form: str, context: str) -> bool:
+def _is_id_number(number: str, form_name: str, context: str) -> bool:
     # Group names have no dots: us_ssn is us.ssn, in__pan is in_.pan.
-    if form != "word" and _load_validator(".".join(form.rsplit("_", 1)))(number):
+    if form_name == "kr_rrn":
+        return _has_valid_date(number)  # those issued since 2020 have no check digit
+    if form_name not in ("letter", "word") and _is_valid_number(".".join(form_name.rsplit("_", 1)), number):
         return True
     lower_context = context.lower()
     if context.isascii() and not any(word in lower_context for word in _ASCII_ID_WORDS):
         return False
     compact = re.sub(r"[ .-]", "", number)
-    return any(pattern.search(context) and validate(compact) for pattern, validate in _load_id_contexts())
+    return any(form.fullmatch(compact) and pattern.search(context) for pattern, form in _load_id_contexts())
+
+
+def _has_valid_date(number: str) -> bool:
+    """Whether a Korean number begins with a date of birth (YYMMDD)."""
+    return 1 <= int(number[2:4]) <= 12 and 1 <= int(number[4:6]) <= 31
 
 
 def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
@@ -399,6 +477,15 @@ def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
         if form_match is not None:
             yield form_match.span()
 
+
+PERSONAL_ID_PATTERN = "|".join((
+    r"[@\x{FF20}]|%40",
+    # Messengers write whatsapp:+49..., and log files 203.0.113.7:443.
+    r"(^|[:/_ -])\+\d[\d ().-]{7,}$", r"(^|[^\d.])\d{1,3}(\.\d{1,3}){3}($|[^\d.])",
+    r"^\(?\d{2,5}\)?[ .-]\d{3,4}[ .-]\d{4}$", r"^0\d( \d\d){4}$", r"^00[1-9]\d{0,3}[ ().-][\d ().-]{6,}$",
+    r"^[0-9a-fA-F]{0,4}(:[0-9a-fA-F]{0,4}){3,7}$",
+))  # fmt: skip
+"""Ids of users and rows that are personal data themselves, as a pattern of RE2."""
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
     "key": _find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,

@@ -35,7 +35,7 @@ from rluf.prepare.readers.columns import (
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
-from rluf.prepare.redact import redact_array, redact_text
+from rluf.prepare.redact import PERSONAL_ID_PATTERN, redact_array, redact_text
 from rluf.prepare.schema import (
     BYTES_PER_TOKEN,
     MAX_TEXT_CHARS,
@@ -56,11 +56,10 @@ _ROWS_PER_BATCH = 4096
 _MAX_PENDING_BYTES = 64 * 2**20
 """Bytes of rows that are validated together."""
 
-_PERSONAL_ID = r"[@\x{FF20}]|%40|^\+\d[\d ().-]{7,}$|^\d{1,3}(\.\d{1,3}){3}$|^[0-9a-fA-F]{0,4}(:[0-9a-fA-F]{0,4}){3,7}$"
 _OTHER_ID_COLUMNS = frozenset({"id", "conversation_id", "group"})
 ID_NOTES = {
-    USER_ID_NOTE: (USER_COLUMNS, _PERSONAL_ID),
-    OTHER_ID_NOTE: (_OTHER_ID_COLUMNS, _PERSONAL_ID),
+    USER_ID_NOTE: (USER_COLUMNS, PERSONAL_ID_PATTERN),
+    OTHER_ID_NOTE: (_OTHER_ID_COLUMNS, PERSONAL_ID_PATTERN),
     ROUNDED_ID_NOTE: (USER_COLUMNS | _OTHER_ID_COLUMNS, f"^{ROUNDED_ID_PATTERN}$"),
 }
 """Notes on rows whose ids are personal data or cut, the columns that they are about, and patterns of such ids. A salt

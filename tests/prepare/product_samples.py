@@ -119,14 +119,16 @@ def _librechat() -> Row:
     }  # fmt: skip
 
 
-def _librechat_collection() -> Row:
-    """Messages of LibreChat's collection, grouped by conversation as docs/data.md says."""
-    date = {"$date": "2026-01-05T10:00:00.000Z"}
+def _librechat_collection() -> list[Row]:
+    """Messages of LibreChat's collection as mongoexport writes them, those of two chats in any order."""
     messages = [
-        message | {"_id": {"$oid": f"65a{index:021d}"}, "user": "user-a", "createdAt": date, "__v": 0}
+        message | {"_id": {"$oid": f"65a{index:021d}"}, "user": "user-a", "__v": 0,
+                   "createdAt": {"$date": f"2026-01-05T10:0{index}:00.000Z"}}
         for index, message in enumerate(_librechat()["messages"])
-    ]
-    return {"_id": "conv-1", "messages": messages}
+    ]  # fmt: skip
+    other = [message | {"conversationId": "conv-2", "messageId": f"x{index}", "parentMessageId": f"x{index - 1}"}
+             for index, message in enumerate(messages[:2])]  # fmt: skip
+    return [*other[::-1], *messages[::-1]]
 
 
 def _observation(number: int, **changes: Any) -> Row:
@@ -307,8 +309,8 @@ SAMPLES: tuple[ProductSample, ...] = (
         {"chat-1-a1": 0, "chat-1-a2": 1, "chat-1-a3": None}, ".json", response="fine",
     ),
     ProductSample(
-        "LibreChat messages, grouped", "feedback", {"reader": "librechat"}, [_librechat_collection()],
-        {"m2": 0, "m2b": 1, "m4": None}, response="text in parts",
+        "LibreChat messages (mongoexport)", "feedback", {"reader": "librechat_messages"}, _librechat_collection(),
+        {"m2": 0, "m2b": 1, "m4": None, "x1": 0}, response="text in parts",
     ),
     ProductSample(
         "LibreChat conversation export", "feedback", {"reader": "librechat"}, [_librechat()],
@@ -319,6 +321,12 @@ SAMPLES: tuple[ProductSample, ...] = (
         response="sunny",
     ),
     ProductSample(
+        "Vercel AI SDK messages (table)", "feedback", {"reader": "vercel_messages"},
+        [{"id": message["id"], "chatId": "chat-1", "role": message["role"], "parts": json.dumps(message["parts"]),
+          "createdAt": f"2026-01-05 10:00:0{index}"} for index, message in enumerate(_VERCEL["messages"])],
+        {"v2": None, "v4": None}, ".csv", response="sunny",
+    ),
+    ProductSample(
         "Vercel AI SDK votes", "reactions", {"reader": "vercel_votes"},
         [{"chatId": "chat-1", "messageId": "v2", "isUpvoted": True, "createdAt": "2026-01-05T10:00:00Z"},
          {"chatId": "chat-1", "messageId": "v4", "isUpvoted": "f", "createdAt": "2026-01-05T10:00:00Z"}],
@@ -327,6 +335,12 @@ SAMPLES: tuple[ProductSample, ...] = (
     ProductSample(
         "Slack threads (conversations.replies)", "feedback", {"reader": "slack"}, [_slack()],
         {"C1-1767225601.000100": 1, "C1-1767225603.000100": 0}, response="hold the button",
+    ),
+    ProductSample(
+        "Slack channels (export)", "feedback", {"reader": "slack_messages"},
+        [*_slack()["messages"][::-1], {"type": "message", "ts": "1767225700.000100", "user": "U1", "text": "alone"}],
+        {"-1767225601.000100": 1, "-1767225603.000100": 0}, ".json", dropped={"no assistant message": 1},
+        response="hold the button",
     ),
     ProductSample(
         "Langfuse traces, scores as ids", "feedback", {"reader": "langfuse"}, [_langfuse(1, ["s1"]), _langfuse(2, [])],
@@ -396,6 +410,13 @@ SAMPLES: tuple[ProductSample, ...] = (
     ProductSample("WildChat", "feedback", {"reader": "wildchat"}, [_WILDCHAT], {"h-1": None, "h-3": None}, ".parquet"),
     ProductSample(
         "OASST trees", "preferences", {"reader": "oasst"}, [_OASST], {"best": "worst"}, dropped={"deleted message": 1}
+    ),
+    ProductSample(
+        "OASST messages", "preferences", {"reader": "oasst_messages"},
+        [{"message_id": name, "parent_id": parent, "message_tree_id": "q", "text": f"text {name}", "rank": rank,
+          "role": "assistant" if parent else "prompter", "deleted": False}
+         for name, parent, rank in (("b", "q", 1), ("q", None, None), ("a", "q", 0), ("lost", "gone", 0))],
+        {"text a": "text b"}, ".parquet", dropped={"message outside its tree": 1},
     ),
     ProductSample(
         "LMSYS-Chat-1M", "prompts", {"reader": "lmsys_prompts"},

@@ -78,9 +78,9 @@ def test_ties_of_battles_are_counted(winner: str, chosen: str | None) -> None:
     assert row == SkippedRow("tie") if chosen is None else isinstance(row, dict) and row["chosen"] == chosen
 
 
-@pytest.mark.parametrize("winner", ["", None, "gpt-4", "A", 0.5])
+@pytest.mark.parametrize("winner", ["", None, "gpt-4", "C", 0.5])
 def test_a_winner_of_another_form_is_no_tie(winner: object) -> None:
-    with pytest.raises(ValueError, match="winner must be model_a, model_b, tie or both_bad, got"):
+    with pytest.raises(ValueError, match="winner must be model_a, model_b, tie or both_bad"):
         PRODUCT_READERS["lmsys"].read_item({**BATTLE, "winner": winner}, OPTIONS)  # type: ignore[misc]
 
 

@@ -92,6 +92,13 @@ def test_a_system_prompt_next_to_the_messages_is_counted(key: str) -> None:
     assert (row["messages"], notes) == ([user("q")], {"system prompts next to their messages": 1})
 
 
+@pytest.mark.parametrize(("system", "notes"), [("Be kind.", 1), ("", 0), (None, 0)])
+def test_a_system_prompt_of_a_data_set_for_training_is_counted(tmp_path: Path, system: str | None, notes: int) -> None:
+    pair = {"system": system, "prompt": "q", "chosen": "a", "rejected": "b"}
+    result, _, _ = read_sample(ProductSample("x", "preferences", {}, [pair], {}), tmp_path)
+    assert result["notes"].get("system prompts next to their messages", 0) == notes
+
+
 def chatgpt_node(name: str, role: str, parent: str, *parts: Any) -> dict[str, Any]:
     content = {"content_type": "text", "parts": list(parts)}
     message = {"id": name, "author": {"role": role}, "content": content}

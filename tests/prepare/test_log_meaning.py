@@ -221,7 +221,11 @@ def test_a_log_of_rated_rows_says_that_it_has_no_base_rate(
     ("name", "is_personal"),
     [("bob{}@post.example", True), ("bob{}＠post.example", True), ("bob{}%40post.example", True),
      ("+49 151 123 45{:02d}", True), ("203.0.113.{}", True), ("2001:db8::{:x}", True), ("4915112345{:02d}", False),
-     ("u1_{:024x}", False), ("10:45:{}", False), ("v1.2.{}", False)],
+     ("u1_{:024x}", False), ("10:45:{}", False), ("v1.2.{}", False),
+     ("whatsapp:+491511234{:02d}", True), ("203.0.113.{}:443", True), ("::ffff:203.0.113.{}", True),
+     ("(415) 555-26{:02d}", True), ("010-1234-56{:02d}", True), ("06 12 34 56 {:02d}", True),
+     ("0049 151 12345{:02d}", True), ("user-203.0.113.{}", True), ("2026-01-{:02d}", False), ("1.2.3.4.{}", False),
+     ("00123456{:02d}", False)],
 )  # fmt: skip
 def test_ids_that_are_personal_data_are_reported(tmp_path: Path, field: str, name: str, is_personal: bool) -> None:
     rows = [own_row(i, **{field: name.format(i)}) for i in range(3)]

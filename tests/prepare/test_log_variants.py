@@ -15,10 +15,11 @@ from rluf.errors import DataError, SettingsError
 from rluf.prepare.erasure import erase_users
 from rluf.prepare.labels import IGNORED, LOVED, NOT_LOVED, LabelRules, check_reactions
 from rluf.prepare.readers.chats import RowShapeError
-from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_columns, name_reactions, normalize_time
+from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_columns, name_reactions
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.readers.sources import resolve_sources
+from rluf.prepare.readers.times import normalize_time
 from rluf.prepare.redact import redact_text
 from tests.prepare.product_samples import ProductSample
 from tests.prepare.test_log_faults import COLUMNS, build, build_foreign, foreign_row, write_rows
@@ -325,7 +326,7 @@ def test_librechat_branches(tmp_path: Path, key: str) -> None:
 
 def test_a_message_of_librechat_alone_says_what_to_do(tmp_path: Path) -> None:
     row = librechat_chat()["messages"][0] | {"conversationId": "c"}
-    with pytest.raises(DataError, match=r"one message of LibreChat; group them .* docs/data\.md"):
+    with pytest.raises(DataError, match="one message of LibreChat; write reader: librechat_messages"):
         build(tmp_path, {"feedback": [{"path": write_rows(tmp_path / "m.jsonl", [row] * 40), "reader": "librechat"}]})
 
 

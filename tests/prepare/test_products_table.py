@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rluf.config.data import DataSource
 from rluf.prepare.labels import LOVED, NOT_LOVED, LabelRules
+from rluf.prepare.readers.groups import group_messages
+from rluf.prepare.readers.sources import LogSource
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
 from rluf.prepare.workspace import read_table
 from tests.prepare.product_samples import SAMPLES, ProductSample
@@ -18,9 +22,12 @@ TABLE_HEADER = "| export | entry in | in addition to the path | left out or assu
 
 def read_sample(sample: ProductSample, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Any]]:
     """Result of the first pass on a sample, its rows, and their label codes."""
+    source = LogSource(sample.kind, str(sample.write(folder)), DataSource(path="x", **sample.entry))
+    sources = group_messages([source], folder / "grouped")
     task = ValidateTask(
-        work_folder=str(folder / "work"), kind_name=sample.kind, sources=[(0, str(sample.write(folder)))],
-        entry={"path": "x", **sample.entry}, stripe_index=0, stripe_count=1, bucket_count=1,
+        work_folder=str(folder / "work"), kind_name=sample.kind, entry=sources[0].entry.model_dump(mode="json"),
+        sources=[(index, source.location) for index, source in enumerate(sources)], stripe_index=0, stripe_count=1,
+        bucket_count=1,
         current_time="2026-06-01T00:00:00+00:00", dev_share=0.1, test_share=0.1, seed=1, redact_kinds=(),
         labels=sample.entry.get("labels", {}), contradictions="latest", erasure_marks=(),
     )  # fmt: skip
@@ -48,9 +55,9 @@ def summarize_rows(sample: ProductSample, result: dict[str, Any], rows: list[Any
 @pytest.mark.parametrize("sample", SAMPLES, ids=[sample.name for sample in SAMPLES])
 def test_every_row_of_an_export_is_read_with_its_label_or_counted(sample: ProductSample, tmp_path: Path) -> None:
     result, rows, labels = read_sample(sample, tmp_path)
-    counts: dict[str, dict[str, int]] = {"in": {}, "dropped": {}, "quarantined": {}}
+    counts: dict[str, Counter[str]] = {"in": Counter(), "dropped": Counter(), "quarantined": Counter()}
     for row_count in result["row_counts"]:
-        counts[row_count.outcome][row_count.reason] = row_count.rows
+        counts[row_count.outcome][row_count.reason] += row_count.rows
     assert counts["quarantined"] == {} and counts["dropped"] == sample.dropped
     assert summarize_rows(sample, result, rows, labels) == sample.expected
     assert sum(counts["in"].values()) == len(sample.expected) + sum(sample.dropped.values())

@@ -23,7 +23,7 @@ from rluf.config.data import DataSource
 from rluf.errors import DataError, SettingsError
 from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers import files
-from rluf.prepare.readers.columns import NOTES_KEY, build_converter, normalize_time
+from rluf.prepare.readers.columns import NOTES_KEY, build_converter
 from rluf.prepare.readers.datasets import ReaderItems, ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.readers.sources import (
@@ -33,6 +33,7 @@ from rluf.prepare.readers.sources import (
     parse_partition_fields,
     resolve_sources,
 )
+from rluf.prepare.readers.times import normalize_time
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
 from rluf.prepare.workspace import read_table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import time
 from collections import Counter
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import redaction
+from benchmarks import redaction, redaction_sentences
 from rluf.prepare.redact import redact_array, redact_text
 from rluf.utils.paths import find_sample_log
 
@@ -175,3 +176,30 @@ def test_time_is_linear_on_hostile_text(unit: str) -> None:
     measure(1000)  # imports the libraries
     # 1 MiB within 0.5 s is 25 ms for 50 KB; a quadratic pattern takes seconds. The margin is for a busy machine.
     assert measure(50_000) < 0.3
+
+
+def test_sentences_written_apart_from_the_generator() -> None:
+    missed = redaction_sentences.list_missed_sentences()
+    assert {kind: texts for kind, texts in missed.items() if len(texts) > 1} == {}
+    assert redaction_sentences.list_changed_sentences() == []
+    for lines in (*redaction_sentences.SENTENCES.values(), redaction_sentences.CLEAN_SENTENCES):
+        for line in re.sub("[⟦⟧]", "", lines).split("\n"):
+            assert redact_array(pa.array([line]), KINDS)[0][0].as_py() == redact_text(line, KINDS)[0]
+
+
+@pytest.mark.parametrize("number", ["11000119750312001", "32010019750312001", "65999919750312001"])
+def test_a_chinese_number_of_an_unknown_place_is_an_id_and_no_crash(number: str) -> None:
+    from stdnum.cn import ric
+
+    text = f"编号 {number}{ric.calc_check_digit(number + '0')}"
+    assert redact_text(text, ("id",)) == ("编号 <id>", Counter(id=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [("Server 88.198.44.10 is down", "Server <ip> is down"), ("ver. 8.198.44.10", "ver. 8.198.44.10"),
+     ("İ password: abc123 İ", "İ password: <key> İ"), ("the password of the guest wifi is Cafe2022", None),
+     ("password policy 2024", "password policy 2024"), ("order 2024013112345674", "order 2024013112345674")],
+)  # fmt: skip
+def test_words_before_a_secret(text: str, redacted: str | None) -> None:
+    assert redact_text(text, KINDS)[0] == (redacted or text.replace("Cafe2022", "<key>"))

@@ -64,7 +64,7 @@ _ROLE_ALIASES = {
         "user": "user human prompter customer client lead contact visitor enduser person me",
         "assistant": "assistant gpt bot chatbot model ai agent admin operator chatgpt team teammate",
         "system": "system developer",
-        "tool": "tool function ipython toolresult toolcall observation",
+        "tool": "tool function ipython toolresult toolcall observation data",
     }.items()
     for name in names.split()
 }
@@ -83,7 +83,7 @@ _MESSAGE_KEY = re.compile(
     rf"\s*(?:array\()?[\s\[{{(\"'\\]{{0,10}}{_QUOTE}(?:role|content|from|author|sender|speaker){_QUOTE}\s?[:=]"
 )
 """How a list of messages begins that is written in another way than as JSON."""
-_SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
+SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
 _EVENT_STREAM = re.compile(r'\s*(?:event: ?\w+\s+)?data: ?\{"(?:id|object|type|choices|candidates|delta)"')
 """How a logged stream of server-sent events begins."""
 _TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>")
@@ -124,6 +124,16 @@ def decode_json_text(text: str) -> Any:
     raise RowShapeError(f"a chat or object is {kind}")
 
 
+def decode_value(value: Any) -> Any:
+    """A value, decoded where it is JSON in a text (decode_json_text)."""
+    return decode_json_text(value) if isinstance(value, str) else value
+
+
+def get_any(row: Mapping[str, Any], *names: str) -> Any:
+    """First value that is present, of the names that versions of an export give a field."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
 def _is_message_like(value: object) -> bool:
     return isinstance(value, Mapping) and bool({"role", "content", "parts", "value", "kwargs", "data"} & value.keys())
 
@@ -154,7 +164,7 @@ def read_text(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         if has_messages or _is_completion(decoded):
             return read_text(decoded, notes, shape)
         notes["responses in JSON"] += not isinstance(decoded, str)
-        return value
+        return _drop_blocks(value, notes, is_reply=True)
     if isinstance(value, int | float):
         return json.dumps(value)  # an exporter with types of its own wrote the answer 42 as a number
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
@@ -210,7 +220,7 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         if isinstance(history := value.get("history"), Mapping) and history.get("messages"):
             value = history
         if "messages" in value:
-            notes["system prompts next to their messages"] += any(value.get(key) for key in _SYSTEM_PROMPT_KEYS)
+            notes["system prompts next to their messages"] += any(value.get(key) for key in SYSTEM_PROMPT_KEYS)
             return read_chat(value["messages"], notes, shape)
         if isinstance(roles := value.get("role"), list):
             # Hugging Face stores a list of messages as an object of lists.
@@ -290,7 +300,7 @@ def _read_message(item: object, notes: Counter[str], shape: ChatShape) -> ChatMe
     notes["tool calls"] += len(item.get("tool_calls") or item.get("toolInvocations") or ())
     notes["tool calls"] += bool(item.get("function_call"))
     notes["reasoning"] += any(isinstance(text := item.get(key), str) and bool(text) for key in _REASONING_PARTS)
-    return ChatMessage(role, _read_content(item, notes, shape), ids, parent)
+    return ChatMessage(role, _read_content(item, notes, shape, is_reply=role == "assistant"), ids, parent)
 
 
 def _read_role(item: Mapping[str, Any], shape: ChatShape) -> str:
@@ -322,7 +332,9 @@ def format_id(value: object) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _read_content(item: Mapping[str, Any], notes: Counter[str], shape: ChatShape) -> str | None:
+def _read_content(
+    item: Mapping[str, Any], notes: Counter[str], shape: ChatShape, *, is_reply: bool = True
+) -> str | None:
     """Text of a message; None if it has none (only images or tool calls)."""
     keys = (shape.content_key,) if shape.content_key else _CONTENT_KEYS
     present = [item[key] for key in keys if key in item]
@@ -331,18 +343,34 @@ def _read_content(item: Mapping[str, Any], notes: Counter[str], shape: ChatShape
     # LibreChat leaves `text` empty where the parts are in `content`, and the other way round.
     texts = [text for value in present if (text := _read_value(value, notes)) is not None]
     text = next((text for text in texts if text), texts[0] if texts else None)
-    return text if text is None else _drop_reasoning(text, notes)
+    return text if text is None else _drop_blocks(text, notes, is_reply=is_reply)
 
 
-def _drop_reasoning(text: str, notes: Counter[str]) -> str:
-    """The text without what the model thought before it (R1, Open WebUI)."""
-    for start, end in (("<think>", "</think>"), ('<details type="reasoning"', "</details>")):
+_BLOCKS = (
+    ("<think>", "</think>", "reasoning"), ('<details type="reasoning"', "</details>", "reasoning"),
+    ('<details type="tool_calls"', "</details>", "tool calls"),
+    ('<details type="code_interpreter"', "</details>", "tool calls"),
+)  # fmt: skip
+"""Start and end of what models (R1) and Open WebUI write into a text that is no part of the reply."""
+
+
+def _drop_blocks(text: str, notes: Counter[str], *, is_reply: bool) -> str:
+    """The text without what the model thought and called before it."""
+    if is_reply and "<think>" not in text and "</think>" in text:
+        text = "<think>" + text  # templates of R1 and others end with the start of the thoughts
+    for start, end, note in _BLOCKS:
+        if start not in text:
+            continue
+        if end not in text:
+            is_cut = is_reply and start == "<think>" and text.lstrip().startswith(start)
+            notes[note] += is_cut
+            text = "" if is_cut else text
+            continue
         # From the end of one block to the start of the next, in linear time.
-        if start in text and end in text:
-            segments = text.split(end)
-            cut = [segment.partition(start)[0] if start in segment else segment + end for segment in segments[:-1]]
-            notes["reasoning"] += sum(start in segment for segment in segments[:-1])
-            text = ("".join(cut) + segments[-1]).strip()
+        segments = text.split(end)
+        cut = [segment.partition(start)[0] if start in segment else segment + end for segment in segments[:-1]]
+        notes[note] += sum(start in segment for segment in segments[:-1])
+        text = ("".join(cut) + segments[-1]).strip()
     return text
 
 
@@ -422,6 +450,13 @@ def collect_thread(
         thread[parent] = None
         last = parent
     return list(thread)[::-1]
+
+
+def drop_replies_at_end(context: Sequence[ChatMessage], notes: Counter[str]) -> list[ChatMessage]:
+    """A context to its last message of the user: a model that writes twice in a row answers the same question."""
+    end = next((index + 1 for index in range(len(context) - 1, -1, -1) if context[index].role == "user"), 0)
+    notes["replies before the rated one"] += len(to_records(context[end:]))
+    return list(context[:end])
 
 
 def split_at_response(

@@ -15,8 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from typing import Any
 
 from rluf.config.data import DataSource
@@ -24,11 +23,13 @@ from rluf.config.objectives import LABELS_KEY_PREFIX
 from rluf.errors import SettingsError
 from rluf.prepare.labels import MISSING_TEXTS, LabelRules, choose_reaction
 from rluf.prepare.readers.chats import (
+    SYSTEM_PROMPT_KEYS,
     ChatMessage,
     ChatShape,
     RowShapeError,
     count_user_turns,
     decode_json_text,
+    drop_replies_at_end,
     format_id,
     parse_transcript,
     read_chat,
@@ -37,6 +38,7 @@ from rluf.prepare.readers.chats import (
     to_records,
 )
 from rluf.prepare.readers.datasets import ReaderRow, SkippedRow
+from rluf.prepare.readers.times import NUMERIC_DATE_PATTERN, is_time, normalize_time, parse_time
 from rluf.prepare.schema import LogRecord, find_data_kind
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -58,7 +60,7 @@ _LABEL_WORDS = dict.fromkeys(("safe", "harmless", "good", "true", "yes"), 1) | d
     ("unsafe", "harmful", "toxic", "bad", "false", "no"), 0
 )
 _BAD_LABEL = re.compile(r"toxic|harm(?!less)|unsafe|flagged|violat|nsfw|hate|abus|insult|threat|jailbreak", re.I)
-_FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
+FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 
 ROUNDED_ID_PATTERN = r"\d([.,]\d+)?[eE]\+\d{2}"
 """An id as spreadsheets and pandas write a large number: several ids become one."""
@@ -119,66 +121,6 @@ def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
     if re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
         return _get_by_steps(value[int(step)], rest)
     return None
-
-
-_TIME_KEYS = ("$date", "$numberLong", "$timestamp", "t", "_seconds", "seconds", "value")
-"""Keys of a time that is an object, as MongoDB, Firestore and protobuf write it."""
-
-_EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
-"""Lowest magnitude of epoch times in nano-, micro- and milliseconds, and units per second; below are seconds."""
-
-
-def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
-    """A time as ISO 8601 with zone: from an epoch (s, ms, us, ns), ISO 8601 or RFC 2822; other values as they are.
-
-    A text without zone is UTC, which `notes` counts.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = decode_json_text(value)
-    if isinstance(value, Mapping):
-        inner = next((value[key] for key in _TIME_KEYS if key in value), None)
-        return value if inner is None else normalize_time(inner, notes)
-    if isinstance(value, str) and re.fullmatch(r"\d{9,19}(\.\d+)?|\d\.\d{1,20}[eE]\+?(09|9|1[0-8])", value.strip()):
-        value = float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        unit = next((unit for limit, unit in _EPOCH_UNITS if value > limit), 1.0)
-        # Infinite and later than the year 9999: no time.
-        return datetime.fromtimestamp(value / unit, UTC).isoformat() if abs(value / unit) < 2.5e11 else str(value)
-    if not isinstance(value, str):
-        return value
-    # JavaScript writes GMT+0100 (Central European Standard Time), Go +0100 CET, Java +01:00[Europe/Berlin].
-    text = re.sub(r"([+-]\d\d:?\d\d)\s*(?:\([^()]{1,60}\)|\[[\w/+-]{1,40}\]|[A-Z]{3,5})$", r"\1", value.strip())
-    text = re.sub(r"(?<=\d)\s+(?:GMT|UTC)?(?=[+-]\d\d:?\d\d$)", "", text)
-    text, zone_names = re.subn(r"\s*\b(?:UTC|GMT|Z)$", "", text)
-    # The parser of RFC 2822 would ignore the half of the day.
-    half_day = re.search(r"\s([AP])\.?M\.?$", text, re.IGNORECASE)
-    text = text[: half_day.start()] if half_day else text
-    try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError:
-        try:
-            parsed = parsedate_to_datetime(text)
-        except (ValueError, TypeError):
-            return value
-    if half_day:
-        parsed = parsed.replace(hour=parsed.hour % 12 + 12 * (half_day[1] in "pP"))
-    if parsed.tzinfo is None:
-        if notes is not None and not zone_names:
-            notes["times without zone, read as UTC"] += 1
-        parsed = parsed.replace(tzinfo=UTC)
-    return parsed.isoformat()
-
-
-_NUMERIC_DATE = re.compile(r"\s*\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}(?!\d)")
-"""A date such as 03/04/2025, which is in April in some countries and in March in others."""
-
-
-def _parse_time(text: str, time_format: str) -> str:
-    """A time in a format of strptime as ISO 8601, with a zone if the format has one."""
-    try:
-        return datetime.strptime(text.strip(), time_format.strip()).isoformat()
-    except ValueError as error:
-        raise RowShapeError(f"time: a time is not in the format {time_format.strip()}"[:110]) from error
 
 
 _REACTION_KEYS = ("name", "rating", "value", "score", "emoji", "reaction", "type")
@@ -245,13 +187,12 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     annotation = str(record_type.model_fields[name].annotation)
     if name == "time":
         time = normalize_time(value, notes)
-        if isinstance(time, str) and _NUMERIC_DATE.match(time):
-            raise RowShapeError(
-                "time: is day or month first? Say so in columns, such as time: created as %d/%m/%Y %H:%M"
-            )
+        if isinstance(time, str) and not is_time(time):
+            question = "is day or month first?" if NUMERIC_DATE_PATTERN.match(time) else "a time of unknown format."
+            raise RowShapeError(f"time: {question} Say so in columns, such as time: created as %d/%m/%Y %H:%M")
         return time
     if name == "finish_reason" or name.endswith("_finish_reason"):
-        return _FINISH_REASONS.get(str(value).lower())
+        return FINISH_REASONS.get(str(value).lower())
     if "bool" in annotation:
         return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower(), value)
     if name == "label":
@@ -317,7 +258,10 @@ class RowConverter:
             path, _, time_format = path.partition(" as ") if name == "time" else (path, "", "")
             value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
             if time_format and value is not None:
-                value = _parse_time(str(value), time_format)
+                try:
+                    value = parse_time(str(value), time_format)
+                except ValueError as error:
+                    raise RowShapeError(f"time: a time is not in the format {time_format.strip()}"[:110]) from error
             if name == "label" and value is not None:
                 value = _normalize_label(value, path)
             self.path_counts[name] += value is not None
@@ -325,6 +269,9 @@ class RowConverter:
             if value is not None:
                 fields[name] = value
         self.path_counts[""] += 1
+        if not self.columns:  # a data set for training, such as TRL's
+            is_text = [isinstance(row.get(key), str) and bool(row[key]) for key in SYSTEM_PROMPT_KEYS]
+            notes["system prompts next to their messages"] += any(is_text)
         # A row without reaction has no rated message; its response is the last one.
         is_missing_message = "message" in self.columns and "message" not in fields
         if is_missing_message and name_reactions(fields.get("reaction")):
@@ -394,7 +341,8 @@ class RowConverter:
         if "message" in fields or ("response" not in fields and "completion" not in fields):
             message = fields.get("message")
             rated_message = None if message is None else format_id(message) or str(message)
-            context, response, is_continued = split_at_response(chat, notes, rated_message)
+            thread, response, is_continued = split_at_response(chat, notes, rated_message)
+            context = thread if response is None else drop_replies_at_end(thread, notes)
             fields["response"] = response
             if is_continued and fields.get("continued") is None:
                 fields["continued"] = True

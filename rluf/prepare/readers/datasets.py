@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from rluf.prepare.readers.chats import parse_transcript, to_records
+from rluf.prepare.readers.chats import decode_value, parse_transcript, to_records
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -53,7 +53,8 @@ class ReaderOptions:
 class LogReader:
     """A named reader and the kind of data that it returns: a function of an object, or paths of rluf's fields in it.
 
-    `has_ratings` says that reactions are stars or scores, which need a rule of the user.
+    `has_ratings` says that reactions are stars or scores, which need a rule of the user. `group_by` is the path of a
+    chat's id where a row of the log is one message: the reader then gets {"messages": [...]} with those of a chat.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LogReader:
     read_item: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems] | None
     columns: Mapping[str, str] = field(default_factory=dict)
     has_ratings: bool = False
+    group_by: str = ""
 
 
 def _build_user_message(text: str) -> list[dict[str, str]]:
@@ -200,6 +202,21 @@ def _read_oasst(tree: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     return items or [SkippedRow("no ranked replies")]
 
 
+def _read_oasst_messages(chat: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """The messages of one tree, as the data set's files of messages have them."""
+    replies_by_parent: dict[str | None, list[Mapping[str, Any]]] = defaultdict(list)
+    for message in chat["messages"]:
+        replies_by_parent[message["parent_id"]].append(message)
+
+    def build_node(message: Mapping[str, Any]) -> dict[str, Any]:
+        return {**message, "replies": list(map(build_node, replies_by_parent.pop(message["message_id"], [])))}
+
+    prompts = replies_by_parent.pop(None, [])
+    items = [item for prompt in prompts for item in _read_oasst({"prompt": build_node(prompt)}, options)]
+    # Messages whose parent is missing, or that lead in a circle.
+    return items + [SkippedRow("message outside its tree") for rest in replies_by_parent.values() for _ in rest]
+
+
 def _build_preference_row(
     source: str, messages: list[dict[str, str]], chosen: str, rejected: str, topic: str
 ) -> ReaderRow:
@@ -255,24 +272,35 @@ def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> Reade
     The score is the mean of the ratings of four aspects (fine-grained_score), and overall_score where a row lacks it:
     the latter is 10 in some rows for completions that were rated 1.
     """
-    if "completions" not in row:
-        raise KeyError("completions")
-    has_aspects = all(item.get("fine-grained_score") is not None for item in row["completions"])
-    score_key = "fine-grained_score" if has_aspects else "overall_score"
-    scored = [
-        (float(item[score_key]), item["response"])
-        for item in row["completions"]
-        if re.fullmatch(r"\d+(\.\d+)?", str(item[score_key]))
-    ]
-    scored.sort(key=lambda pair: pair[0])
-    if len(scored) < 2 or scored[0][0] == scored[-1][0]:
+    completions = decode_value(row["completions"])
+    if isinstance(completions, Mapping):  # a sequence of objects, as some versions of the hub's loader write it
+        names = list(completions)
+        completions = [
+            dict(zip(names, values, strict=True)) for values in zip(*(completions[name] for name in names), strict=True)
+        ]
+    scored = _score_completions(completions, "fine-grained_score")
+    if len(scored) < 2:
+        scored = _score_completions(completions, "overall_score")
+    if len(scored) < 2:
+        return [SkippedRow("fewer than two completions with a score")]
+    if scored[0][0] == scored[-1][0]:
         return [SkippedRow("tie")]
     messages = _build_user_message(row["instruction"])
     pair = _build_preference_row(
         "ultrafeedback", messages, scored[-1][1], scored[0][1], str(row.get("source", "other"))
     )
     # The two in the middle are neither the best nor the worst answer.
-    return [pair | {"_notes": {"further completions": len(row["completions"]) - 2}}]
+    return [pair | {"_notes": {"further completions": len(completions) - 2}}]
+
+
+def _score_completions(completions: Sequence[Mapping[str, Any]], score_key: str) -> list[tuple[float, str]]:
+    """Score and text of the completions that have a score, the lowest first."""
+    scored = [
+        (float(item[score_key]), item["response"])
+        for item in completions
+        if re.fullmatch(r"\d+(\.\d+)?", str(item.get(score_key)))
+    ]
+    return sorted(scored, key=lambda pair: pair[0])
 
 
 def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -318,6 +346,7 @@ DATASET_READERS = index_readers(
     LogReader("pandalm", "preferences", _read_pandalm),
     LogReader("llmfao", "preferences", _read_llmfao),
     LogReader("oasst", "preferences", _read_oasst),
+    LogReader("oasst_messages", "preferences", _read_oasst_messages, group_by="message_tree_id"),
     LogReader("hh", "preferences", None),
     LogReader("ultrafeedback", "preferences", _read_ultrafeedback),
     LogReader("beavertails", "safety", _read_beavertails),

@@ -7,9 +7,12 @@ docs/data.md lists the readers and what each leaves out (tests/prepare/test_prod
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +22,11 @@ from rluf.prepare.readers.chats import (
     collect_thread,
     count_user_turns,
     decode_json_text,
+    decode_value,
+    drop_replies_at_end,
+    get_any,
     index_parents,
     read_chat,
-    read_choices,
     read_text,
     split_at_response,
     strip_html,
@@ -29,14 +34,12 @@ from rluf.prepare.readers.chats import (
 )
 from rluf.prepare.readers.columns import (
     NOTES_KEY,
-    RATINGS_NOTE,
     UNKNOWN_TIME,
     get_by_path,
     name_reactions,
-    normalize_time,
-    order_by_time,
 )
 from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, ReaderRow, SkippedRow, index_readers
+from rluf.prepare.readers.times import normalize_time
 from rluf.prepare.schema import MAX_MESSAGES
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -46,15 +49,6 @@ _LOCALE_BY_LANGUAGE = {
     "portuguese": "pt", "italian": "it", "japanese": "ja", "korean": "ko",
 }  # fmt: skip
 
-_USER_SCORE_NAMES = re.compile(
-    r".*(feedback|rating|thumb|reaction|love|heart|vote|csat|nps|stars?$)|(negative|positive|user)*(score|(dis)?like)s?$"
-)
-"""Scores of Langfuse and LangSmith that are reactions of users, without separators; others are evaluations."""
-
-_PROMPT_KEYS = ("input", "question", "query", "prompt", "user_message", "message", "text")
-_RESPONSE_KEYS = ("output", "answer", "response", "result", "content", "text", "message")
-"""Keys under which functions that are traced have a text."""
-
 
 def _expand_chat(
     raw_messages: Any,
@@ -63,57 +57,67 @@ def _expand_chat(
 ) -> ReaderItems:
     """A row for each assistant message of a chat, with the thread before it as context.
 
-    `read_turn` returns the fields that the raw message and its position determine.
+    `read_turn` returns the fields that the raw message and its position determine. A message that stands for an error
+    is no reply, and one that was cut off only if somebody rated it.
     """
     decoded = decode_json_text(raw_messages) if isinstance(raw_messages, str) else raw_messages
     notes: Counter[str] = Counter()
     items: list[ReaderRow | SkippedRow] = []
-    messages = read_chat(decoded, notes)
+    messages = [
+        replace(message, content=None) if message.role == "assistant" and _is_error(raw) else message
+        for message, raw in zip(read_chat(decoded, notes), decoded, strict=True)
+    ]
     parents, records = index_parents(messages, notes), {message: to_records([message]) for message in messages}
     last_user_index = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
+    answered = {parent for message, parent in (parents or {}).items() if message.role == "user"}
     for index, (message, raw_message) in enumerate(zip(messages, decoded, strict=True)):
-        if message.role != "assistant" or message.content is None:
+        if message.role != "assistant":
             continue
         # A row repeats all messages before it: an endless chat would take memory by the square of its length.
         if index > MAX_MESSAGES:
             items.append(SkippedRow(f"behind the first {MAX_MESSAGES} messages of its chat"))
             continue
-        context = collect_thread(messages, message, parents)[:-1]
+        thread = collect_thread(messages, message, parents)[:-1]
+        fields = dict(read_turn(raw_message, index))
+        fields["time"] = normalize_time(fields["time"], notes)
+        context = drop_replies_at_end(thread, notes)
+        flaw = _find_flaw(message, raw_message, context, is_rated=bool(name_reactions(fields.get("reaction"))))
+        if flaw is not None:
+            items += [SkippedRow(flaw)] if flaw else []
+            continue
         items.append({
             "turn": max(0, count_user_turns(context) - 1), "response": message.content,
             "messages": [record for earlier in context for record in records[earlier]],
-            "continued": index < last_user_index, NOTES_KEY: dict(+notes), **base, **read_turn(raw_message, index),
+            "continued": index < last_user_index if parents is None else message in answered,
+            NOTES_KEY: dict(+notes), **base, **fields,
         })  # fmt: skip
         notes.clear()  # what was left out counts once per chat
     return items or [SkippedRow("no assistant message")]
 
 
-def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    notes: Counter[str] = Counter()
-    request, response = row.get("request", row), row.get("response", row)
-    # The Responses API has input and output in place of messages and choices.
-    messages = read_chat(request["messages" if "messages" in request else "input"], notes)
-    if isinstance(instructions := request.get("instructions"), str):
-        messages = [ChatMessage("system", instructions), *messages]
-    metadata = row.get("metadata") or {}
-    if response.get("choices") or response.get("output"):
-        response_text = read_choices(response, notes) if response.get("choices") else read_text(response, notes)
-        if response_text is None:
-            return [SkippedRow("tool call without text")]
-    else:
-        messages, response_text, _ = split_at_response(messages, notes)
-        if response_text is None:
-            return [SkippedRow("no assistant message")]
-    response_id = str(row.get("id") or response["id"])
-    return [{
-        "id": response_id, "conversation_id": str(metadata.get("conversation_id", response_id)),
-        "turn": count_user_turns(messages),
-        "user_id": str(request.get("user") or metadata.get("user_id") or response_id),
-        "time": normalize_time(response.get("created", row.get("created", row.get("created_at")))),
-        "model_version": response.get("model") or request["model"], "messages": to_records(messages),
-        "response": response_text, "reaction": row.get("feedback", metadata.get("reaction")),
-        "topic": metadata.get("topic", "other"), "locale": metadata.get("locale", "und"), NOTES_KEY: dict(+notes),
-    }]  # fmt: skip
+def _is_error(raw_message: object) -> bool:
+    return isinstance(raw_message, Mapping) and bool(raw_message.get("error"))
+
+
+def _find_flaw(
+    message: ChatMessage, raw_message: object, context: Sequence[ChatMessage], *, is_rated: bool
+) -> str | None:
+    """Reason for which an assistant's message is no row; empty if it is no reply at all (a tool call), None if it is
+    one."""
+    if _is_error(raw_message):
+        return "error in place of a reply"
+    if message.content is None:
+        return ""
+    if not message.content.strip():
+        return "reply without text"
+    if not any(earlier.role == "user" for earlier in context):
+        return "reply without a message of the user before it"
+    if not context[-1].content:
+        return "reply to a message without text"
+    is_cut = isinstance(raw_message, Mapping) and (
+        raw_message.get("unfinished") is True or raw_message.get("done") is False
+    )
+    return "unfinished reply" if is_cut and not is_rated else None
 
 
 def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -126,7 +130,7 @@ def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
         user_key = str(row.get("hashed_ip") or message.get("hashed_ip") or conversation_id)
         return {
             "id": f"{conversation_id}-{index}", "user_id": hash_parts("wildchat", user_key),
-            "time": normalize_time(message.get("timestamp") or row["timestamp"]), "reaction": message.get("reaction"),
+            "time": message.get("timestamp") or row["timestamp"], "reaction": message.get("reaction"),
         }  # fmt: skip
 
     items = _expand_chat(row["conversation"], base, read_turn)
@@ -141,15 +145,20 @@ def _find_locale(language: object) -> str:
 def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     notes: Counter[str] = Counter()
     if "winner" in row:
-        winner, raw_chats = str(row["winner"]).lower(), [row["conversation_a"], row["conversation_b"]]
+        winner = re.sub(r"\W+", "_", str(row["winner"]).strip().lower())
     else:
-        # Arena 55k: a column for each outcome, and JSON lists of texts in place of chats.
+        # Arena 55k: a column for each outcome.
         winners = [name for name in ("model_a", "model_b", "tie") if str(row[f"winner_{name}"]) in ("1", "1.0", "True")]
-        winner, raw_chats = winners[0], [_join_turns(row["prompt"], row[f"response_{name}"]) for name in "ab"]
+        winner = winners[0] if len(winners) == 1 else "none"
     if winner.startswith(("tie", "both")):
         return [SkippedRow("tie")]
+    winner = {"a": "model_a", "b": "model_b"}.get(winner, winner)
     if winner not in ("model_a", "model_b"):
-        raise ValueError(f"winner must be model_a, model_b, tie or both_bad, got {row['winner']!r}")
+        raise RowShapeError("winner must be model_a, model_b, tie or both_bad")
+    if "conversation_a" in row:
+        raw_chats = [row["conversation_a"], row["conversation_b"]]
+    else:
+        raw_chats = [_join_turns(row["prompt"], row[f"response_{name}"]) for name in "ab"]
     battle = [read_chat(chat, notes) for chat in raw_chats]
     if not all(chat and chat[-1].role == "assistant" and chat[-1].content for chat in battle):
         return [SkippedRow("no response")]
@@ -160,7 +169,7 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         return [SkippedRow("the two conversations differ before their end")]
     context = chosen[:-1]
     return [{
-        "id": f"lmsys-{_get_any(row, 'question_id', 'id')}",
+        "id": f"lmsys-{get_any(row, 'question_id', 'id')}",
         "group": hash_parts("lmsys", *(message["content"] for message in context)),
         "topic": "arena", "messages": context, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
         NOTES_KEY: dict(+notes),
@@ -168,13 +177,27 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
 
 
 def _join_turns(prompts: Any, responses: Any) -> list[dict[str, Any]]:
-    """A chat of a list of the user's texts and one of the replies."""
-    pairs = zip(_decode(prompts), _decode(responses), strict=True)
+    """A chat of the user's texts and the replies: lists (as JSON in Arena 55k), or one text each."""
+    decoded = _decode_turns(prompts)
+    texts, replies = ([prompts], [responses]) if decoded is None else (decoded, _decode_turns(responses))
+    if replies is None or len(texts) != len(replies):
+        raise RowShapeError("as many replies as prompts are needed")
+    pairs = zip(texts, replies, strict=True)
     return [
         {"role": role, "content": text}
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
+
+
+def _decode_turns(value: Any) -> list[Any] | None:
+    """The texts of a list, or of JSON of one; None for a plain text."""
+    try:
+        value = decode_value(value)
+    except RowShapeError:
+        return None
+    is_list = isinstance(value, list) and all(isinstance(text, str | None) for text in value)
+    return value if is_list else None
 
 
 def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -192,219 +215,63 @@ def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> Reade
     }]  # fmt: skip
 
 
-def _get_any(row: Mapping[str, Any], *names: str) -> Any:
-    """First value that is present, of the names that versions of an export give a field."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _decode(value: Any) -> Any:
-    return decode_json_text(value) if isinstance(value, str) else value
-
-
-def _is_user_score(score: Mapping[str, Any]) -> bool:
-    """Whether a Langfuse score is a reaction of a user, by its name and source; a judge model's has the source EVAL."""
-    return score.get("source") != "EVAL" and _is_user_score_name(score.get("name"))
-
-
-def _is_user_score_name(name: object) -> bool:
-    return _USER_SCORE_NAMES.match(re.sub(r"[\W_]+", "", str(name).lower())) is not None
-
-
-def _get_chat(inputs: Any) -> Any:
-    """Chat of what a traced function was called with: its messages, or its only text."""
-    if isinstance(inputs, Mapping) and isinstance(kwargs := inputs.get("kwargs"), Mapping) and "args" in inputs:
-        inputs = kwargs or (inputs["args"] or [None])[0]
-    if not isinstance(inputs, Mapping) or "messages" in inputs or "role" in inputs:
-        return inputs["messages"] if isinstance(inputs, Mapping) and "messages" in inputs else inputs
-    chat = _get_any(inputs, *_PROMPT_KEYS)
-    return inputs if chat is None else chat
-
-
-def _get_reply(outputs: Any) -> Any:
-    """Reply of what a traced function returned."""
-    if not isinstance(outputs, Mapping) or outputs.keys() & {"choices", "candidates", "messages", "role"}:
-        return outputs
-    return _get_any(outputs, *_RESPONSE_KEYS) or outputs
-
-
-def _read_score(score: Mapping[str, Any]) -> str | float | None:
-    """Reaction of a Langfuse score: the category, else thumbs for a truth value or 0, else the number.
-
-    A score of 0 is a thumb down, except for one that counts hearts, where it is no reaction.
-    """
-    value, text = score.get("value"), _get_any(score, "stringValue", "string_value")
-    name, data_type = str(score.get("name")).lower(), _get_any(score, "dataType", "data_type")
-    if text is not None and str(text).lower() not in ("true", "false") and data_type in ("CATEGORICAL", None):
-        return str(text)
-    if value is None and str(text).lower() not in ("true", "false"):
-        return None  # also a comment, of the type TEXT
-    number = float(value) if value is not None else float(str(text).lower() == "true")
-    if re.search(r"negative|down|dislike", name):
-        return "thumbs_down" if number else None
-    if number == 0 and any(word in name for word in ("love", "heart", "like")):
-        return None
-    is_thumb = number == 0 or data_type == "BOOLEAN"
-    return {0.0: "thumbs_down", 1.0: "thumbs_up"}.get(number, number) if is_thumb else number
-
-
-def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """A trace, or a generation of the observations, of the API or of the blob export.
-
-    Scores that are only ids, or in a file of their own, come from data.reactions (langfuse_scores).
-    """
-    if row.get("type", "GENERATION") != "GENERATION":
-        return [SkippedRow("observation is not a generation")]
-    output = row.get("output")
-    if output is None:
-        return [SkippedRow("no assistant message")]
-    notes: Counter[str] = Counter()
-    messages = read_chat(_get_chat(_decode(row["input"])), notes)
-    response = read_text(_get_reply(_decode(output)), notes)
-    scores = row.get("scores") or []
-    scores = decode_json_text(scores) if isinstance(scores, str) else scores
-    user_scores = order_by_time([score for score in scores if isinstance(score, Mapping) and _is_user_score(score)])
-    notes["scores that are not a user's"] += sum(isinstance(score, Mapping) for score in scores) - len(user_scores)
-    notes[RATINGS_NOTE] += sum("rating" in str(score["name"]).lower() for score in user_scores)
-    notes["scores given by id"] += sum(not isinstance(score, Mapping) for score in scores)
-    reactions = [reaction for score in user_scores if (reaction := _read_score(score)) is not None]
-    metadata = row.get("metadata") or {}
-    metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
-    metadata = metadata if isinstance(metadata, Mapping) else {}
-    trace_id = str(row["id"])
-    session_id = _get_any(row, "sessionId", "session_id", "traceId", "trace_id")
-    return [{
-        "id": trace_id, "conversation_id": str(session_id or trace_id), "turn": count_user_turns(messages),
-        "user_id": str(_get_any(row, "userId", "user_id") or session_id or trace_id),
-        "time": normalize_time(_get_any(row, "timestamp", "startTime", "start_time"), notes),
-        "model_version": str(
-            _get_any(row, "model", "providedModelName", "provided_model_name", "release", "version") or "unknown"
-        ),
-        "messages": to_records(messages), "response": response, "reaction": reactions or None,
-        "topic": str(metadata.get("topic", "other")), "locale": str(metadata.get("locale", "und")),
-        NOTES_KEY: dict(+notes),
-    }]  # fmt: skip
-
-
-def _read_langfuse_score(rated_kind: str, row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """A score of a trace or of an observation; each is a response where the rows of feedback are of that kind."""
-    if not _is_user_score(row):
-        return [SkippedRow("score is not a user's")]
-    rated_id, reaction = _get_any(row, f"{rated_kind}Id", f"{rated_kind}_id"), _read_score(row)
-    if rated_id is None or reaction is None:
-        return [SkippedRow(f"no {rated_kind}" if rated_id is None else "no reaction")]
-    time = normalize_time(_get_any(row, "timestamp", "createdAt", "created_at"))
-    return [{"id": str(row["id"]), "response_id": str(rated_id), "time": time, "reaction": reaction}]
-
-
-def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """A run, of the bulk export or the API; feedback_stats has the mean and the number of each feedback key."""
-    decoded = {name: decode_json_text(value) if isinstance(value, str) else value for name, value in row.items()}
-    outputs = decoded.get("outputs")
-    if outputs is None or decoded.get("parent_run_id"):
-        return [SkippedRow("no assistant message" if outputs is None else "run within another run")]
-    notes: Counter[str] = Counter()
-    messages = read_chat(_get_chat(decoded["inputs"]), notes)
-    if isinstance(outputs, Mapping):
-        generation = get_by_path(outputs, "generations.0.0.message|generations.0.message|generations.0.0.text")
-        outputs = generation or _get_reply(outputs)
-        if isinstance(outputs, Mapping) and isinstance(outputs.get("messages"), list):
-            # A graph returns its state: the chat to its end, with tool messages after the reply in some.
-            chat = read_chat(outputs["messages"], notes)
-            replies = [message.content for message in chat if message.role == "assistant" and message.content]
-            outputs = replies[-1] if replies else None
-    stats = decoded.get("feedback_stats") or {}
-    stats = {name: entry for name, entry in stats.items() if isinstance(entry, Mapping)}
-    # Evaluators write into the same statistics; where none has the name of a user's score, each may be one.
-    user_stats = {name: entry for name, entry in stats.items() if _is_user_score_name(name)} or stats
-    notes["scores that are not a user's"] += len(stats) - len(user_stats)
-    means = [
-        entry["avg"] if entry.get("avg") is not None else max(entry["values"], key=entry["values"].get)
-        for entry in user_stats.values()
-        if entry.get("avg") is not None or entry.get("values")
-    ]
-    metadata = get_by_path(decoded, "extra.metadata") or {}
-    metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
-    conversation_id = _get_any(metadata, "thread_id", "session_id", "conversation_id")
-    run_id = str(_get_any(decoded, "id", "run_id"))
-    return [{
-        "id": run_id, "conversation_id": str(conversation_id or run_id),
-        "turn": max(0, count_user_turns(messages) - 1),
-        "user_id": str(metadata.get("user_id") or conversation_id or run_id),
-        "time": normalize_time(decoded["start_time"], notes),
-        "model_version": str(_get_any(metadata, "ls_model_name", "model", "revision_id") or "unknown"),
-        "messages": to_records(messages), "response": read_text(outputs, notes), "reaction": means or None,
-        NOTES_KEY: dict(+notes),
-    }]  # fmt: skip
-
-
-def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """A row of the feedback table: a user's, unless its source is an evaluator."""
-    source, reaction = _decode(row.get("feedback_source")), _get_any(row, "score", "value")
-    if isinstance(source, Mapping) and source.get("type") in ("model", "auto_eval"):
-        return [SkippedRow("score is not a user's")]
-    if reaction is None or row["run_id"] is None:
-        return [SkippedRow("no reaction" if reaction is None else "no run")]
-    time = normalize_time(_get_any(row, "created_at", "modified_at"))
-    return [{"id": str(row["id"]), "response_id": str(row["run_id"]), "time": time, "reaction": [reaction]}]
-
-
 def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A conversation as exported: messages with parents, and feedback {rating: thumbsUp or thumbsDown} on some."""
     if "messageId" in row and "messages" not in row:
-        raise RowShapeError("a row is one message of LibreChat; group them by conversation, as docs/data.md says")
-    conversation_id = str(_get_any(row, "conversationId", "_id"))
+        raise RowShapeError("a row is one message of LibreChat; write reader: librechat_messages")
+    conversation_id = get_any(row, "conversationId", "_id")
+    if isinstance(conversation_id, Mapping):  # grouped by several fields
+        conversation_id = get_any(conversation_id, "conversationId", "$oid") or json.dumps(conversation_id)
     messages = list(row["messagesTree"] if "messagesTree" in row else row["messages"])
     # An export with branches has each reply among the children of its message.
     for message in messages:
-        parent_id = _get_any(message, "messageId", "id")
+        parent_id = get_any(message, "messageId", "id")
         messages += [{"parentMessageId": parent_id, **child} for child in message.get("children") or ()]
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         return {
-            "id": str(_get_any(message, "messageId", "id", "_id")),
-            "time": normalize_time(
-                _get_any(message, "createdAt", "updatedAt") or _get_any(row, "createdAt", "exportAt")
-            ),
-            "model_version": str(
-                _get_any(message, "model") or _get_any(row.get("options") or row, "model") or "unknown"
-            ),
-            "reaction": get_by_path(message, "feedback.rating"),
+            "id": str(get_any(message, "messageId", "id", "_id")),
+            "time": get_any(message, "createdAt", "updatedAt") or get_any(row, "createdAt", "exportAt"),
+            "model_version": str(get_any(message, "model") or get_any(row.get("options") or row, "model") or "unknown"),
+            "reaction": name_reactions(get_by_path(message, "feedback.rating|feedback")) or None,
         }
 
-    user_id = _get_any(row, "user", "userId") or next((m["user"] for m in messages if m.get("user")), conversation_id)
-    return _expand_chat(messages, {"conversation_id": conversation_id, "user_id": str(user_id)}, read_turn)
+    user_id = get_any(row, "user", "userId") or next((m["user"] for m in messages if m.get("user")), conversation_id)
+    return _expand_chat(messages, {"conversation_id": str(conversation_id), "user_id": str(user_id)}, read_turn)
 
 
 def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A chat of UIMessages (Vercel AI SDK); votes of the template's table come from data.reactions (vercel_votes)."""
-    chat_id = str(_get_any(row, "id", "chatId"))
+    chat_id = str(get_any(row, "id", "chatId"))
     votes = {str(vote["messageId"]): vote["isUpvoted"] for vote in row.get("votes") or []}
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         message_id = str(message["id"])
-        vote = _get_any(message, "isUpvoted", "vote") if message_id not in votes else votes[message_id]
-        time = _get_any(message, "createdAt") or get_by_path(message, "metadata.createdAt") or row.get("createdAt")
+        own_vote = get_by_path(message, "isUpvoted|vote|votes.-1.isUpvoted")
+        vote = votes.get(message_id, own_vote)
+        time = get_any(message, "createdAt") or get_by_path(message, "metadata.createdAt") or row.get("createdAt")
         return {
-            "id": message_id, "time": normalize_time(time),
+            "id": message_id, "time": time,
             "model_version": str(get_by_path(message, "metadata.model|model") or row.get("model") or "unknown"),
             "reaction": {True: "thumbs_up", False: "thumbs_down"}.get(vote, vote) if isinstance(vote, bool) else vote,
         }  # fmt: skip
 
-    base = {"conversation_id": chat_id, "user_id": str(_get_any(row, "userId", "user_id") or chat_id)}
+    base = {"conversation_id": chat_id, "user_id": str(get_any(row, "userId", "user_id") or chat_id)}
     return _expand_chat(row["messages"], base, read_turn)
 
 
 def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    message_id, is_upvoted = str(_get_any(row, "messageId", "message_id")), _get_any(row, "isUpvoted", "is_upvoted")
+    message_id, is_upvoted = str(get_any(row, "messageId", "message_id")), get_any(row, "isUpvoted", "is_upvoted")
     if not isinstance(is_upvoted, bool):
         is_upvoted = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[
             str(is_upvoted).lower().removesuffix(".0")
         ]
     # The template's table of votes has no time.
-    time = normalize_time(_get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME)
+    notes = Counter[str]()
+    time = normalize_time(get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME, notes)
     reaction = "thumbs_up" if is_upvoted else "thumbs_down"
     return [{"id": hash_parts("vote", message_id, reaction, str(time)), "response_id": message_id, "time": time,
-             "reaction": reaction}]  # fmt: skip
+             "reaction": reaction, NOTES_KEY: dict(notes)}]  # fmt: skip
 
 
 def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -416,9 +283,9 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
     responses = (
         row.get("responses") if "responses" in row or not answer_fields else _join_argilla_columns(answer_fields)
     )
-    prompt = _get_any(fields, "prompt", "instruction", "chat", "messages", "question", "input")
+    prompt = get_any(fields, "prompt", "instruction", "chat", "messages", "question", "input")
     chat = read_chat(prompt, notes)
-    response = _get_any(fields, "response", "answer", "completion", "output", "generation")
+    response = get_any(fields, "response", "answer", "completion", "output", "generation")
     context, response_text, _ = (
         split_at_response(chat, notes) if response is None else (chat, read_text(response, notes), False)
     )
@@ -431,7 +298,7 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
         if answer.get("status", "submitted") == "submitted" and not isinstance(answer["value"], list | Mapping)
     ]
     record_id, metadata = str(row["id"]), row.get("metadata") or {}
-    time = _get_any(metadata, "time", "timestamp", "created_at") or _get_any(row, "inserted_at", "updated_at")
+    time = get_any(metadata, "time", "timestamp", "created_at") or get_any(row, "inserted_at", "updated_at")
     if time is None:
         raise RowShapeError("no time: neither inserted_at nor metadata.timestamp")
     return [{
@@ -506,33 +373,29 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     contact_id = get_by_path(row, "contacts.contacts.0.id") or source["author"].get("id") or row["id"]
     return [{
         "id": str(row["id"]), "conversation_id": str(row["id"]), "user_id": str(contact_id),
-        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(row["created_at"]),
+        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(row["created_at"], notes),
         "model_version": str(get_by_path(row, "ai_agent.source_title|ai_agent_participated") or "unknown"),
-        "messages": _merge_runs(to_records(context), notes), "response": response, "reaction": rating.get("rating"),
+        "messages": to_records(drop_replies_at_end(context, notes)), "response": response,
+        "reaction": rating.get("rating"),
         NOTES_KEY: dict(+notes),
     }]  # fmt: skip
-
-
-def _merge_runs(messages: Sequence[dict[str, str]], notes: Counter[str]) -> list[dict[str, str]]:
-    """Messages without the replies that directly precede the rated one; a context ends with the user."""
-    merged = list(messages)
-    while merged and merged[-1]["role"] != "user":
-        merged.pop()
-        notes["replies before the rated one"] += 1
-    return merged
 
 
 def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A thread (conversations.replies): each bot message is a row, its emoji are the reactions."""
     if "messages" not in row:
-        raise RowShapeError("a Slack row must be a thread with messages (conversations.replies), not one message")
+        raise RowShapeError("a row is one message of Slack, not a thread; write reader: slack_messages")
+    notes: Counter[str] = Counter()
+    texts = [_read_slack_text(m) for m in row["messages"]]
     raw_messages = [
-        m for m in row["messages"] if m.get("text") and m.get("subtype") in (None, "bot_message", "thread_broadcast")
+        {**m, "text": text}
+        for m, text in zip(row["messages"], texts, strict=True)
+        if text and m.get("subtype") in (None, "bot_message", "thread_broadcast")
     ]
-    skipped = len(row["messages"]) - len(raw_messages)
-    channel = str(_get_any(row, "channel", "channel_id") or "")
-    thread_id = f"{channel}-{_get_any(row, 'thread_ts', 'ts') or row['messages'][0]['ts']}"
-    is_bot = [bool(m.get("bot_id")) or m.get("subtype") == "bot_message" for m in raw_messages]
+    notes["messages without text"] += len(row["messages"]) - len(raw_messages)
+    channel = str(get_any(row, "channel", "channel_id") or "")
+    thread_id = f"{channel}-{get_any(row, 'thread_ts', 'ts') or row['messages'][0]['ts']}"
+    is_bot = [bool(m.get("bot_id") or m.get("bot_profile")) or m.get("subtype") == "bot_message" for m in raw_messages]
     users = [str(m["user"]) for m, is_reply in zip(raw_messages, is_bot, strict=True) if m.get("user") and not is_reply]
     chat = [
         {"id": m["ts"], "role": "assistant" if is_reply else "user", "content": m["text"]}
@@ -541,29 +404,59 @@ def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         raw_message = raw_messages[index]
-        names = [entry["name"] for entry in raw_message.get("reactions") or [] for _ in entry.get("users") or [0]]
+        # Bots put emoji to click under their own messages.
+        reacting = [
+            (entry["name"], user) for entry in raw_message.get("reactions") or [] for user in _list_users(entry)
+        ]
+        names = [name for name, user in reacting if user is None or user != raw_message.get("user")]
+        notes["reactions of bots to their own messages"] += len(reacting) - len(names)
         return {
-            "id": f"{channel}-{message['id']}", "time": normalize_time(message["id"]), "reaction": names or None,
+            "id": f"{channel}-{message['id']}", "time": message["id"], "reaction": names or None,
             "model_version": str(get_by_path(raw_message, "bot_profile.name") or raw_message.get("bot_id")),
         }  # fmt: skip
 
     items = _expand_chat(chat, {"conversation_id": thread_id, "user_id": users[0] if users else thread_id}, read_turn)
-    if skipped and isinstance(items[0], dict):
-        items[0][NOTES_KEY] = items[0][NOTES_KEY] | {"messages without text": skipped}
+    for item in items:
+        if isinstance(item, dict):
+            item[NOTES_KEY] = Counter(item[NOTES_KEY]) + notes
+            break
     return items
+
+
+def _list_users(reaction: Mapping[str, Any]) -> list[str | None]:
+    """Users of a reaction of Slack; unknown ones where it has only their number."""
+    return list(reaction.get("users") or [None] * int(reaction.get("count") or 1))
+
+
+_SLACK_LINK = re.compile(r"<((?:https?:|mailto:)[^<>|]+)(?:\|([^<>]*))?>")
+
+
+def _read_slack_text(message: Mapping[str, Any]) -> str:
+    """Text of a message without Slack's marks: links become their labels, &lt; becomes <; of blocks if it has none."""
+    text = str(message.get("text") or "")
+    if not text:
+        blocks = message.get("blocks") or ()
+        text = "\n".join(filter(None, (_read_slack_block(block) for block in blocks)))
+    return html.unescape(_SLACK_LINK.sub(lambda match: match[2] or match[1], text))
+
+
+def _read_slack_block(block: Mapping[str, Any]) -> str:
+    inner = block.get("text")
+    own_text = inner if isinstance(inner, str) else str(inner.get("text", "")) if isinstance(inner, Mapping) else ""
+    return own_text + "".join(map(_read_slack_block, block.get("elements") or ()))
 
 
 def _read_openwebui_chats(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A chat of Open WebUI's export of chats: a tree of messages with an annotation on those that are rated."""
     chat = row["chat"]
-    chat_id = str(_get_any(row, "id") or chat["id"])
+    chat_id = str(get_any(row, "id") or chat["id"])
     messages = list((get_by_path(chat, "history.messages") or {}).values()) or chat["messages"]
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
-        time = _get_any(message, "timestamp") or _get_any(row, "updated_at", "created_at") or chat.get("timestamp")
+        time = get_any(message, "timestamp") or get_any(row, "updated_at", "created_at") or chat.get("timestamp")
         return {
-            "id": f"{chat_id}-{message['id']}", "time": normalize_time(time),
-            "model_version": str(_get_any(message, "model", "modelName") or "unknown"),
+            "id": f"{chat_id}-{message['id']}", "time": time,
+            "model_version": str(get_any(message, "model", "modelName") or "unknown"),
             "reaction": name_reactions(get_by_path(message, "annotation.rating")) or None,
         }  # fmt: skip
 
@@ -577,21 +470,49 @@ _OPENWEBUI_COLUMNS = {
     "message": "meta.message_id", "reaction": "data.rating", "topic": "data.tags.0|=other",
 }  # fmt: skip
 
+
+def _read_grouped(
+    read_chat_row: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems],
+    time_keys: Sequence[str],
+    id_key: str,
+    row: Mapping[str, Any],
+    options: ReaderOptions,
+) -> ReaderItems:
+    """A chat whose messages were rows of their own: in the order of their times, with the chat's id."""
+    messages = row["messages"]
+    if get_any(messages[0], id_key) is None:
+        raise RowShapeError(f"a message has no {id_key}")
+    times = [str(normalize_time(get_any(message, *time_keys))) for message in messages]
+    ordered = [messages[index] for index in sorted(range(len(messages)), key=times.__getitem__)]
+    return read_chat_row({id_key: ordered[0][id_key], "messages": ordered}, options)
+
+
+_CREATED_KEYS = ("createdAt", "created_at")
+
 PRODUCT_READERS = index_readers(
     LogReader("openwebui", "feedback", None, _OPENWEBUI_COLUMNS),
     LogReader("openwebui_chats", "feedback", _read_openwebui_chats),
     LogReader("librechat", "feedback", _read_librechat),
-    LogReader("langfuse", "feedback", _read_langfuse),
-    LogReader("langfuse_scores", "reactions", partial(_read_langfuse_score, "trace")),
-    LogReader("langfuse_observation_scores", "reactions", partial(_read_langfuse_score, "observation")),
-    LogReader("langsmith", "feedback", _read_langsmith),
-    LogReader("langsmith_feedback", "reactions", _read_langsmith_feedback),
-    LogReader("openai", "feedback", _read_openai),
+    LogReader(
+        "librechat_messages",
+        "feedback",
+        partial(_read_grouped, _read_librechat, _CREATED_KEYS, "conversationId"),
+        group_by="conversationId",
+    ),
     LogReader("vercel", "feedback", _read_vercel),
+    LogReader(
+        "vercel_messages", "feedback", partial(_read_grouped, _read_vercel, _CREATED_KEYS, "chatId"), group_by="chatId"
+    ),
     LogReader("vercel_votes", "reactions", _read_vercel_vote),
     LogReader("argilla", "feedback", _read_argilla, has_ratings=True),
     LogReader("intercom", "feedback", _read_intercom, has_ratings=True),
     LogReader("slack", "feedback", _read_slack),
+    LogReader(
+        "slack_messages",
+        "feedback",
+        partial(_read_grouped, _read_slack, ("ts",), "ts"),
+        group_by="thread_ts|ts",
+    ),
     LogReader("wildchat", "feedback", _read_wildchat),
     LogReader("lmsys", "preferences", _read_lmsys),
     LogReader("lmsys_prompts", "prompts", _read_lmsys_prompts),

@@ -26,6 +26,7 @@ from rluf.prepare.readers.feedback_folder import REACTIONS_FOLDER, is_in_hidden_
 from rluf.prepare.readers.files import FORMAT_BY_SUFFIX, detect_format, resolve_filesystem
 from rluf.prepare.readers.products import PRODUCT_READERS
 from rluf.prepare.readers.tables import TableFolders, check_table
+from rluf.prepare.readers.traces import TRACE_READERS
 from rluf.prepare.schema import order_kinds
 from rluf.utils.paths import find_sample_log
 from rluf.utils.plugins import load_plugin
@@ -203,7 +204,7 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
 
     Raises DataError for an unknown name or a reader of another kind, SettingsError if the function cannot be imported.
     """
-    readers = DATASET_READERS | PRODUCT_READERS
+    readers = DATASET_READERS | PRODUCT_READERS | TRACE_READERS
     # Readers of labeled rows serve every objective that is trained on labels.
     get_row_kind = "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
     if ":" in reader_name:
