@@ -22,8 +22,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from rluf.tracking.timeline import RunTimeline
-from rluf.train.actor_calls import ActorGroups, ActorRef
-from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
+from rluf.train.actor_calls import ActorCalls, ActorGroups, ActorRef, ActorRestarter, RestartBudget
 from rluf.train.work_buffer import (
     CountingIterator,
     ScoredGroup,

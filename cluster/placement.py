@@ -39,7 +39,7 @@ def actor_options(settings: Settings, role: str, objective: str = "") -> dict[st
         **({"label_selector": node_labels} if node_labels else {}),
         "num_cpus": cpus,
         "num_gpus": gpus,
-        # Ray must not restart actors itself: a new engine needs the current weights first (train/fault_tolerance.py).
+        # Ray must not restart actors itself: a new engine needs the current weights first (train/actor_calls.py).
         "max_restarts": 0,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": actor_environment(settings, role) | build_device_environment(gpus)},

@@ -13,18 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from rluf.config.reward import HeadReading
 from rluf.errors import ModelError
 from rluf.models.hub import describe_model_error, list_model_file_errors
 from rluf.models.lora import add_lora_adapters
 from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
 from rluf.types import Message, ScoringItem
-from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
 
@@ -223,86 +220,6 @@ def build_warmup_items() -> list[ScoringItem]:
     return [ScoringItem(question, "Well, thank you."), ScoringItem(question, "")]
 
 
-def get_hidden_states(output: Any) -> torch.Tensor:
-    """Hidden states [B, T, H] of a layer output, which is a tensor or a tuple that starts with one."""
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-class HeadInputCapture:
-    """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
-
-    A reading may ask for the response's own tokens in place of the last one. With readings at several depths,
-    capture what the head would read if only so many of the lowest layers existed, so that one pass serves several
-    members of an ensemble.
-    """
-
-    def __init__(self, model: PreTrainedModel, readings: Sequence[HeadReading] = (HeadReading(),)) -> None:
-        """`readings` at a single depth are of the whole model, which ends there.
-
-        Raises ModelError when the model has no linear head, or cannot be read at several depths.
-        """
-        self.captured_states: list[torch.Tensor] = []
-        self._readings, depths = readings, sorted({reading.layers for reading in readings})
-        self._depths = depths
-        self._final_module: Any = None
-        # At a single depth the hook on the head sees exactly what the head reads. At several the head is not involved:
-        # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
-        is_single = len(depths) == 1
-        self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if is_single else []
-        if not is_single:
-            self._final_module = find_final_norm_or_pooler(model)
-            if self._final_module is None:
-                raise ModelError(
-                    f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
-                    "read it at several depths; set a single entry in members"
-                )
-            layers = get_layer_list(model)
-            # Layers run lowest first, so the captured states are in ascending order of depth.
-            self._hooks = [layers[depth - 1].register_forward_hook(self._capture_layer_output) for depth in depths]
-
-    def _capture_head_input(self, _module: nn.Module, args: Any) -> None:
-        self.captured_states.append(args[0].detach())
-
-    def _capture_layer_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.captured_states.append(self._final_module(get_hidden_states(output)).detach())
-
-    def take_features(self, readers: Sequence[tuple[int, EncodedItem]]) -> Floats:
-        """Features [readings, N, H] of the last forward pass for (row of the batch, item that is read there) pairs.
-
-        An item whose response has no tokens is read at its last token.
-        """
-        states_by_depth = dict(zip(self._depths, self.captured_states, strict=True))
-        features = [self._read_states(states_by_depth[reading.layers], readers, reading) for reading in self._readings]
-        self.captured_states.clear()
-        return torch.stack(features).float().cpu().numpy().astype(np.float64)
-
-    def _read_states(
-        self, states: torch.Tensor, readers: Sequence[tuple[int, EncodedItem]], reading: HeadReading
-    ) -> torch.Tensor:
-        rows = torch.tensor([row for row, _ in readers])
-        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
-        if states.dim() == 2:
-            return states[rows]
-        last_tokens = states[rows, torch.tensor([len(item) - 1 for _, item in readers])]
-        if reading.pooling == "last":
-            return last_tokens
-        spans = [item.response_span for _, item in readers]
-        if reading.pooling == "response_end":
-            spans = [(max(start, end - 1), end) for start, end in spans]
-        return torch.stack(
-            [
-                states[row, start:end].float().mean(0).to(states.dtype) if end > start else last_token
-                for (row, _), (start, end), last_token in zip(readers, spans, last_tokens, strict=True)
-            ]
-        )
-
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        for hook in self._hooks:
-            hook.remove()
-
-
 MAX_CACHE_BYTES = 2 << 30
 """Largest cache; above it the frozen layers run in every epoch."""
 
@@ -333,7 +250,7 @@ class FrozenPrefix:
 
         def capture_output(_module: nn.Module, _args: Any, output: Any) -> None:
             self._returns_tuple = isinstance(output, tuple)
-            captured_states.append(get_hidden_states(output))
+            captured_states.append(output[0] if self._returns_tuple else output)
 
         hook = self.all_layers[self.layer_count - 1].register_forward_hook(capture_output)
         was_training = self.model.training

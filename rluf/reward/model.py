@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from rluf.config.reward import HeadReading, Pooling
 from rluf.errors import ModelError
 from rluf.reward.backbone import (
     HEAD_MODULE_NAMES,
-    HeadInputCapture,
     build_text_encoder,
     find_final_norm_or_pooler,
     get_layer_list,
@@ -52,17 +51,115 @@ def _load_calibration(folder: Path) -> Calibration:
     return Calibration.load(folder)
 
 
+class CapturePoints(NamedTuple):
+    """Modules of a model at which HeadInputCapture finds what heads read."""
+
+    readings: tuple[HeadReading, ...]
+    head: torch.nn.Linear | None
+    """The model's head, whose input is captured; None with readings at several depths."""
+    layers: tuple[torch.nn.Module, ...] = ()
+    """The last layer of each depth, shallowest first, where the head is not captured."""
+    final_module: torch.nn.Module | None = None
+    """A decoder's last norm or an encoder's pooler, applied to the output of each of `layers`."""
+
+
+NO_CAPTURE = CapturePoints((), None)
+
+
+def find_capture_points(model: PreTrainedModel, readings: Sequence[HeadReading] = (HeadReading(),)) -> CapturePoints:
+    """Where the inputs of heads are captured; `readings` at a single depth are of the whole model, which ends there.
+
+    Raises ModelError when the model has no linear head, or cannot be read at several depths.
+    """
+    depths = sorted({reading.layers for reading in readings})
+    if len(depths) == 1:
+        return CapturePoints(tuple(readings), get_linear_head(model))
+    final_module = find_final_norm_or_pooler(model)
+    if final_module is None:
+        raise ModelError(
+            f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
+            "read it at several depths; set a single entry in members"
+        )
+    layers = get_layer_list(model)
+    return CapturePoints(tuple(readings), None, tuple(layers[depth - 1] for depth in depths), final_module)
+
+
+class HeadInputCapture:
+    """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
+
+    A reading may ask for the response's own tokens in place of the last one. With readings at several depths,
+    capture what the head would read if only so many of the lowest layers existed, so that one pass serves several
+    members of an ensemble.
+    """
+
+    def __init__(self, points: CapturePoints) -> None:
+        """Capture until `close`; a model has one capture at a time."""
+        self.captured_states: list[torch.Tensor] = []
+        self._points = points
+        # At a single depth the hook on the head sees exactly what the head reads. At several the head is not involved:
+        # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
+        # Layers run lowest first, so the captured states are in ascending order of depth.
+        self._hooks = [layer.register_forward_hook(self._capture_layer_output) for layer in points.layers]
+        if points.head is not None:
+            self._hooks.append(points.head.register_forward_pre_hook(self._capture_head_input))
+
+    def _capture_head_input(self, _module: torch.nn.Module, args: Any) -> None:
+        self.captured_states.append(args[0].detach())
+
+    def _capture_layer_output(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if self._points.final_module is not None:
+            self.captured_states.append(self._points.final_module(hidden_states).detach())
+
+    def take_features(self, readers: Sequence[tuple[int, EncodedItem]]) -> Floats:
+        """Features [readings, N, H] of the last forward pass for (row of the batch, item that is read there) pairs.
+
+        An item whose response has no tokens is read at its last token.
+        """
+        readings = self._points.readings
+        depths = sorted({reading.layers for reading in readings})
+        states_by_depth = dict(zip(depths, self.captured_states, strict=True))
+        features = [self._read_states(states_by_depth[reading.layers], readers, reading) for reading in readings]
+        self.captured_states.clear()
+        return torch.stack(features).float().cpu().numpy().astype(np.float64)
+
+    def _read_states(
+        self, states: torch.Tensor, readers: Sequence[tuple[int, EncodedItem]], reading: HeadReading
+    ) -> torch.Tensor:
+        rows = torch.tensor([row for row, _ in readers])
+        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
+        if states.dim() == 2:
+            return states[rows]
+        last_tokens = states[rows, torch.tensor([len(item) - 1 for _, item in readers])]
+        if reading.pooling == "last":
+            return last_tokens
+        spans = [item.response_span for _, item in readers]
+        if reading.pooling == "response_end":
+            spans = [(max(start, end - 1), end) for start, end in spans]
+        return torch.stack(
+            [
+                states[row, start:end].float().mean(0).to(states.dtype) if end > start else last_token
+                for (row, _), (start, end), last_token in zip(readers, spans, last_tokens, strict=True)
+            ]
+        )
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+
 @dataclass(frozen=True, slots=True)
 class SharedForward:
     """One forward pass: the model to run and the members it serves, with their heads and where these read it.
 
-    `heads` is empty when the model's head is not linear.
+    `heads` and the points are empty when the model's head is not linear.
     """
 
     model: PreTrainedModel
     member_indices: tuple[int, ...]
     heads: tuple[torch.nn.Linear, ...]
-    readings: tuple[HeadReading, ...]
+    capture_points: CapturePoints
 
 
 def plan_forward_passes(
@@ -92,7 +189,8 @@ def plan_forward_passes(
         served = sorted([deepest, *truncations], key=lambda index: layer_counts[index])
         served_heads = tuple(head for head in (heads[index] for index in served) if head is not None)
         readings = tuple(HeadReading(layer_counts[index], poolings[index]) for index in served)
-        forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, readings))
+        capture_points = find_capture_points(models[deepest], readings) if served_heads else NO_CAPTURE
+        forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, capture_points))
         remaining = [index for index in remaining if index not in served]
     return forward_passes
 
@@ -130,7 +228,7 @@ def compute_shared_logits(
         (_to_float64(head.weight).T, 0.0 if head.bias is None else _to_float64(head.bias))
         for head in forward_pass.heads
     ]
-    capture = HeadInputCapture(forward_pass.model, forward_pass.readings)
+    capture = HeadInputCapture(forward_pass.capture_points)
     try:
         for batch, readers in iter_shared_batches(
             rows, is_causal=not encoder.uses_text_pairs, batch_tokens=batch_tokens
@@ -163,7 +261,7 @@ class RewardModel:
         self.calibration = calibration
         if calibration.is_external:
             # The model's own head and pooling: where it reads its input is part of how it was trained.
-            self._forward_passes = [SharedForward(self.members[0], (0,), (), ())]
+            self._forward_passes = [SharedForward(self.members[0], (0,), (), NO_CAPTURE)]
         else:
             self._forward_passes = plan_forward_passes(
                 self.members,

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from rluf.config.reward import HeadReading
 from rluf.errors import DeadlineError, RlufError
-from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
+from rluf.reward.backbone import FrozenPrefix
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.encoded_split import EncodedSplit, RowKeys
 from rluf.reward.losses import LossFunction, compute_step_loss, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
+from rluf.reward.model import HeadInputCapture, find_capture_points
 from rluf.reward.text import (
     TextEncoder,
     iter_shared_batches,
@@ -230,7 +231,8 @@ class RewardModelTrainer:
 
         By default there is one reading, at the depth of the model.
         """
-        frozen_states, capture = self._get_frozen_states(split), HeadInputCapture(self.model, readings)
+        frozen_states = self._get_frozen_states(split)
+        capture = HeadInputCapture(find_capture_points(self.model, readings))
         was_training = self.model.training
         self.model.eval()
         features_by_row: dict[int, Floats] = {}

@@ -32,9 +32,8 @@ from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepReward
 from rluf.objectives.judges import judge_group
 from rluf.tracking.console import PhaseProgress
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, record_ray_span
-from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
+from rluf.train.actor_calls import ActorCalls, ActorRef, ActorRestarter, RestartBudget, fetch_group, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
-from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
 from rluf.train.prompts import count_common_prompt_tokens, list_prompt_topics
 from rluf.train.response_cache import ResponseCache

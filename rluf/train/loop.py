@@ -22,11 +22,11 @@ from rluf.tracking.console import PhaseProgress
 from rluf.tracking.gauges import RunGauges
 from rluf.tracking.metric_registry import add_token_rate
 from rluf.tracking.wandb import WandbTracker
+from rluf.train.actor_calls import RestartBudget
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
 from rluf.train.controller import TrainController
 from rluf.train.evaluation import generate_aligned_arm, generate_base_arms
-from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.offline import OfflineTrainer, load_offline_data
 from rluf.train.profiling import StepProfiler

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from rluf.config.settings import Settings
-    from rluf.train.actor_calls import ActorRef
-    from rluf.train.fault_tolerance import ActorCalls
+    from rluf.train.actor_calls import ActorCalls, ActorRef
     from rluf.types import Group
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from tests.call_recorder import ROOT, list_walk, read_walk, start_recording, sto
 from tests.serve.conftest import write_models
 
 build_remote_class = actor_supervisor._build_remote_class
-MAX_ROW_FILES, MAX_PROMPT_FILES = 15, 22
+MAX_ROW_FILES, MAX_PROMPT_FILES = 15, 20
 OVERRIDES = (
     "model.path=tiny", "model.dtype=float32", "rollout.max_prompt_tokens=64", "rollout.max_response_tokens=12",
     "rollout.concurrency=32", "rollout.kv_cache_gib=0.25", "algorithm.steps=2", "algorithm.prompts_per_step=3",

@@ -90,7 +90,9 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
     assert card["training"]["train_tokens"] == members[0].tasks[0].train_split.token_count  # one pass reads for both
     assert card["robustness"]["rows"] > 20
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    assert [forward_pass.readings for forward_pass in model._forward_passes] == [((1, "last"), (2, "last"))]
+    assert [forward_pass.capture_points.readings for forward_pass in model._forward_passes] == [
+        ((1, "last"), (2, "last"))
+    ]
     rows = model.encoder.encode(build_items(*WARM_RESPONSES))
     separate_logits = [compute_logits(member, model.encoder, rows, 512)[:, 0] for member in model.members]
     assert np.allclose(model.compute_member_logits(rows), separate_logits, atol=1e-4)
@@ -270,7 +272,9 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
     members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
     assert model.calibration.response_only_members == (2, 3)
-    served_members = [(forward_pass.member_indices, forward_pass.readings) for forward_pass in model._forward_passes]
+    served_members = [
+        (forward_pass.member_indices, forward_pass.capture_points.readings) for forward_pass in model._forward_passes
+    ]
     assert served_members == [((0, 1), ((1, "last"), (2, "last"))), ((2, 3), ((1, "last"), (2, "last")))]
     first_question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     other_question: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
@@ -297,7 +301,7 @@ def test_members_with_other_poolings_share_the_pass_and_are_scored_as_they_were_
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
     assert model.calibration.member_poolings == ("last", "last", "mean", "response_end")
     (forward_pass,) = model._forward_passes
-    assert sorted(zip(forward_pass.member_indices, forward_pass.readings, strict=True)) == [
+    assert sorted(zip(forward_pass.member_indices, forward_pass.capture_points.readings, strict=True)) == [
         (0, (1, "last")), (1, (2, "last")), (2, (1, "mean")), (3, (2, "response_end")),
     ]  # fmt: skip
     dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from rluf.config.reward import HeadReading
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import HeadInputCapture, build_text_encoder, load_classifier
+from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.encoded_split import encode_split
 from rluf.reward.linear_probe import (
     _merge_equal_rows,
@@ -27,6 +27,7 @@ from rluf.reward.linear_probe import (
     set_head_weights,
 )
 from rluf.reward.metrics import auroc
+from rluf.reward.model import HeadInputCapture, find_capture_points
 from rluf.reward.text import EncodedItem
 from rluf.reward.trainer import RewardModelTrainer, TrainPlan
 from rluf.types import ScoringItem
@@ -173,7 +174,10 @@ def test_captured_features_do_not_depend_on_the_batch(tiny_folder: Path) -> None
     rows = encoder.encode(
         [ScoringItem([{"role": "user", "content": "Hi"}], text) for text in ("", "yes", "a longer answer")]
     )
-    capture, weights = HeadInputCapture(model), np.random.default_rng(0).normal(size=model.config.hidden_size)
+    capture, weights = (
+        HeadInputCapture(find_capture_points(model)),
+        np.random.default_rng(0).normal(size=model.config.hidden_size),
+    )
     set_head_weights(model, weights, 0.0)
     with torch.inference_mode():
         logits = model(**encoder.collate(rows)).logits[:, 0]

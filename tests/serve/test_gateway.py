@@ -27,7 +27,7 @@ from rluf.utils.hashing import hash_user_id
 from tests.call_recorder import list_walk, read_walk, start_recording, stop_recording
 from tests.serve.conftest import OBJECTIVES, SALT, make_items, make_rules, score_offline
 
-MAX_REQUEST_FILES = 10
+MAX_REQUEST_FILES = 9
 
 
 class LocalGateway(GatewayDeployment):

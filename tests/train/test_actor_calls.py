@@ -14,8 +14,7 @@ from ray.exceptions import ObjectStoreFullError
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import ActorError, ActorLostError, DataError, DeadlineError, ResourceError, RlufError
 from rluf.tracking.timeline import RunTimeline
-from rluf.train.actor_calls import ActorRef, call_with_timeout
-from rluf.train.fault_tolerance import ActorCalls, ActorRestarter
+from rluf.train.actor_calls import ActorCalls, ActorRef, ActorRestarter, call_with_timeout
 from rluf.train.policy_update import count_demonstrations
 
 pytestmark = pytest.mark.usefixtures("local_ray")

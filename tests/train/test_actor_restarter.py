@@ -9,9 +9,8 @@ from typing import Any, cast
 import pytest
 
 from rluf.errors import ActorError, ActorLostError
-from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_calls import ActorGroups, ActorRef, ActorRestarter, RestartBudget
 from rluf.train.actor_supervisor import ActorSupervisor
-from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
 
 
 def make_actor(role: str, index: int = 0, objective: str = "", restarts: int = 0) -> ActorRef:

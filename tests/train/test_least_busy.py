@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from rluf.train.actor_calls import ActorRef
-from rluf.train.fault_tolerance import LeastBusyPicker
+from rluf.train.actor_calls import ActorRef, LeastBusyPicker
 
 
 def make_pool(count: int) -> list[ActorRef]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rluf.errors import ActorError
-from rluf.train.fault_tolerance import RESTART_WINDOW_S, RestartBudget
+from rluf.train.actor_calls import RESTART_WINDOW_S, RestartBudget
 
 
 def test_restarts_are_counted_per_actor_and_hour() -> None:

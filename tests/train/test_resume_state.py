@@ -15,11 +15,10 @@ from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError
 from rluf.tracking.wandb import WandbTracker
-from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_calls import ActorCalls, ActorGroups, ActorRef, ActorRestarter, RestartBudget
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager
 from rluf.train.controller import TrainController
-from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.loop import TrainingRun, _run_from_checkpoint
 from rluf.train.weight_sync import WeightSync
