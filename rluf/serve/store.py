@@ -170,16 +170,22 @@ class FeedbackStore(ParquetFolder):
     def flush_settled(self, *, all_rows: bool = False) -> int:
         """Write what is settled (or all) to Parquet; returns the number of rows, late reactions and preferences.
 
-        What the disk changed stays in the database, is logged, and counts in `damaged_row_count`.
+        What the disk changed stays in the database, is logged, and counts in `damaged_row_count`; raises DataError when
+        the database cannot be read or written.
         """
         settled_before = math.inf if all_rows else self.clock() - self.reaction_window_s
-        self._join_choices()
-        return (
-            self._flush_table("rows", "", settled_before, self._parse_settled_row)
+        try:
+            self._join_choices()
+            count = self._flush_table("rows", "", settled_before, self._parse_settled_row)
             # A late reaction has settled when it arrives.
-            + self._flush_table("late_reactions", REACTIONS_FOLDER, math.inf, ReactionRecord.model_validate_json)
-            + self._flush_table("preferences", PREFERENCES_FOLDER, settled_before, PreferenceRecord.model_validate_json)
-        )
+            count += self._flush_table("late_reactions", REACTIONS_FOLDER, math.inf, ReactionRecord.model_validate_json)
+            parse_choice = PreferenceRecord.model_validate_json
+            return count + self._flush_table("preferences", PREFERENCES_FOLDER, settled_before, parse_choice)
+        except sqlite3.Error as error:
+            raise DataError(
+                f"{self.log_folder / DATABASE_FILE}: settled rows cannot be written: {error}; check the disk; a "
+                "damaged file can be restored from a backup, or recovered with sqlite3 (.recover)"
+            ) from error
 
     @property
     def damaged_row_count(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from rluf.errors import DataError, ResourceError
 from rluf.prepare.readers.feedback_folder import read_late_reactions
 from rluf.prepare.schema import ChatMessage
 from rluf.serve.store import FeedbackStore
@@ -163,6 +166,36 @@ def test_a_damaged_row_is_erased_with_its_user(tmp_path: Path, damage: str) -> N
     is_other_user = damage == "another user"  # the row names v now
     assert store.erase_users(["u"])["rows"] == 1 + (not is_other_user)
     assert (set(read_rows(tmp_path)), store.damaged_row_count) == ({"o"}, 0)
+
+
+def test_no_changed_byte_of_the_database_is_read_as_truth(tmp_path: Path) -> None:
+    """A flipped bit anywhere in the file is harmless, named as a damaged row, or refused; no row is lost silently."""
+    clock, intact = FakeClock(), tmp_path / "intact"
+    store = open_store(intact, clock)
+    ids = [f"r{number}" for number in range(12)]
+    store.append_events([FeedbackEvent(i, "love" if i < "r5" else None, make_record(i, f"c{i[1:]}")) for i in ids])
+    store.close()
+    database = (intact / ".log" / DATABASE_FILE).read_bytes()
+    random_numbers, outcomes = random.Random(5), Counter[str]()
+    for trial in range(25):
+        folder, changed = tmp_path / str(trial), bytearray(database)
+        used_positions = [position for position, byte in enumerate(database) if byte]
+        changed[random_numbers.choice(used_positions)] ^= 1 << random_numbers.randrange(8)
+        (folder / ".log").mkdir(parents=True)
+        (folder / ".log" / DATABASE_FILE).write_bytes(changed)
+        try:
+            store = open_store(folder, clock)
+            store.flush_settled(all_rows=True)
+        except (ResourceError, DataError):
+            outcomes["refused"] += 1
+            continue
+        finally:
+            store.close()
+        rows = {row_id: row[0] for row_id, row in read_rows(folder).items()}
+        assert rows.items() <= {i: "love" if i < "r5" else None for i in ids}.items()
+        assert len(rows) + store.damaged_row_count == len(ids)
+        outcomes["damaged" if store.damaged_row_count else "harmless"] += 1
+    assert outcomes["damaged"] >= 5, outcomes
 
 
 def test_rows_of_a_release_without_checksums_are_written(tmp_path: Path) -> None:
