@@ -43,6 +43,9 @@ CPU_KV_BLOCK_TOKENS = 32
 MAX_CPU_STEP_TOKENS = 1024
 """Maximum tokens per engine step on the CPU: bounds the activations of a prefill and its full-vocabulary logits."""
 MAX_CAUSE_CHARACTERS = 1000
+SHARED_GPU_START_ATTEMPTS, START_RETRY_S = 3, 20.0
+"""Starts of an engine on a GPU that it shares with a learner, and the seconds between them: after a loss all actors
+start again at once, and vLLM refuses a GPU whose memory the ended learner has not given back yet."""
 SHUTDOWN_TIMEOUT_S = 2
 """Seconds an engine core has to exit by itself before it is killed."""
 
@@ -124,8 +127,6 @@ class RolloutEngine:
             *list_stop_token_ids(self._tokenizer, self.settings.rollout.stop),
         ]
         self._check_free_memory()
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         try:
             if self.settings.cluster.gpus_per_engine == 0:
                 _inspect_model_in_process(self.model_folder)
@@ -134,16 +135,7 @@ class RolloutEngine:
             raise ModelError(
                 f"{self.name}: vLLM cannot run the model {self.model_folder}: {format_cause(error)}"
             ) from error
-        try:
-            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            reason = format_cause(error)
-            is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
-            advice = "; lower rollout.kv_cache_gib or rollout.concurrency" if is_memory else ""
-            raise ResourceError(
-                f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
-                "message is in this actor's log"
-            ) from error
+        self._engine = await self._start_core_process(config)
         await self._engine.update_weight_version(str(self.weight_version))
         await self._load_zero_adapter()
         return {
@@ -153,6 +145,27 @@ class RolloutEngine:
             "model": str(self.model_folder),
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
+
+    async def _start_core_process(self, config: Any) -> AsyncLLM:
+        """Start vLLM's core process; on a shared GPU try again. Raises ResourceError with the last reason."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        attempts_left = SHARED_GPU_START_ATTEMPTS if self.settings.is_colocated else 1
+        while True:
+            attempts_left -= 1
+            try:
+                return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except (RuntimeError, ValueError, OSError, MemoryError) as error:
+                reason = format_cause(error)
+                if not attempts_left:
+                    is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
+                    advice = "; lower rollout.kv_cache_gib or rollout.concurrency" if is_memory else ""
+                    raise ResourceError(
+                        f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; "
+                        "its own message is in this actor's log"
+                    ) from error
+            logger.warning("%s: vLLM's core did not start: %s; again in %g s", self.name, reason, START_RETRY_S)
+            await asyncio.sleep(START_RETRY_S)
 
     async def generate(
         self,
