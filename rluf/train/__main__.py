@@ -45,7 +45,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.train.checkpoint_manager import find_resume_folder, is_finished
     from rluf.train.loop import run_training
     from rluf.train.startup_check import check_policy
-    from rluf.utils.event_loop import run_coroutine
+    from rluf.utils.event_loop import collect_garbage_rarely, run_coroutine
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, lock_run_folder, resolve_cache_folder, resolve_runs_root
 
@@ -86,9 +86,11 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         tracker.log_artifacts(data_artifact, reward_artifacts)
         tracker.log_reward_training()
         reward_folders = list_reward_model_folders(reward_artifacts)
-        result = run_coroutine(
-            run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
-        )
+        data_folder = data_artifact.folder
+        with collect_garbage_rarely():
+            result = run_coroutine(
+                run_training(settings, run_folder, model_path, data_folder, reward_folders, tracker, profile_steps)
+            )
         phase_timer.add_seconds(result.phase_seconds)
 
         summary = phase_timer.time_call("compare", compare_policies, settings, result, data_artifact, reward_artifacts)

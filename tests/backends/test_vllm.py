@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from rluf.backends.vllm import engine as vllm_engine
 from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
 from rluf.utils.paths import resolve_cache_folder
+
+COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "weight_sync.transport=cuda_ipc"]
 
 
 def start_and_catch_error(settings: Settings, model_folder: Path) -> RlufError:
@@ -101,3 +105,32 @@ def test_cpu_engines_do_not_cache_the_prefixes_of_recurrent_layers(
     settings = load_settings(None, overrides).settings
     arguments = RolloutEngine("rollout 0", 0, settings, tmp_path)._build_engine_args()
     assert arguments.enable_prefix_caching is caches_prefixes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "failures", "starts"),
+    [
+        (COLOCATED, 0, True), (COLOCATED, 2, True), (COLOCATED, 3, False), (["cluster.gpus_per_engine=1"], 1, False),
+        ([], 1, False),
+    ],
+)  # fmt: skip
+async def test_an_engine_waits_for_the_memory_of_a_learner_that_is_ending(
+    overrides: list[str], failures: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    errors = [ValueError("Free memory on device is less than desired GPU memory utilization")] * failures
+
+    def start_core(*_: object, **__: object) -> str:
+        if errors:
+            raise errors.pop()
+        return "core"
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", start_core)
+    monkeypatch.setattr(vllm_engine, "START_RETRY_S", 0.0)
+    engine = RolloutEngine("rollout 0", 0, load_settings(None, overrides).settings, Path("model"))
+    if starts:
+        assert cast(Any, await engine._start_core_process(None)) == "core"
+        return
+    with pytest.raises(ResourceError, match=r"rollout 0: vLLM's core process did not start .*Free memory on device"):
+        await engine._start_core_process(None)

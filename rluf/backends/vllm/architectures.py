@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 IMPORT_MODELS = """
@@ -57,3 +58,23 @@ def _import_models(architectures: Sequence[str]) -> tuple[Sequence[str], Mapping
         return [], {}
     answer: Any = json.loads(result.stdout.splitlines()[-1])
     return answer[0], answer[1]
+
+
+def keeps_recurrent_state(model_folder: Path) -> bool:
+    """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
+
+    Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA
+    here), which costs 5 to 15 s on the first run on a machine. An architecture that vLLM does not know is left to
+    vLLM's own error.
+    """
+    from vllm.model_executor.models.interfaces import has_inner_state, is_hybrid
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    is_recurrent = False
+    for architecture in json.loads((model_folder / "config.json").read_text()).get("architectures") or []:
+        registered_model = ModelRegistry.models.get(architecture)
+        if registered_model is not None:
+            model_class = registered_model.load_model_cls()
+            ModelRegistry.register_model(architecture, model_class)
+            is_recurrent |= has_inner_state(model_class) or is_hybrid(model_class)
+    return is_recurrent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rluf.backends.vllm.architectures import keeps_recurrent_state
 from rluf.backends.vllm.core_process import fork_core_process
 from rluf.backends.weight_transfer.base import has_tied_embeddings
 from rluf.backends.weight_transfer.lora import (
@@ -46,6 +46,9 @@ CPU_KV_BLOCK_TOKENS = 32
 MAX_CPU_STEP_TOKENS = 1024
 """Maximum tokens per engine step on the CPU: bounds the activations of a prefill and its full-vocabulary logits."""
 MAX_CAUSE_CHARACTERS = 1000
+SHARED_GPU_START_ATTEMPTS, START_RETRY_S = 3, 20.0
+"""Starts of an engine on a GPU that it shares with a learner, and the seconds between them: after a loss all actors
+start again at once, and vLLM refuses a GPU whose memory the ended learner has not given back yet."""
 SHUTDOWN_TIMEOUT_S = 2
 """Seconds an engine core has to exit by itself before it is killed."""
 
@@ -127,24 +130,13 @@ class RolloutEngine:
             *list_stop_token_ids(self._tokenizer, self.settings.rollout.stop),
         ]
         self._check_free_memory()
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         try:
             config = self._build_engine_args().create_engine_config()
         except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise ModelError(
                 f"{self.name}: vLLM cannot run the model {self.model_folder}: {format_cause(error)}"
             ) from error
-        try:
-            with fork_core_process() if self.settings.cluster.gpus_per_engine == 0 else nullcontext():
-                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            reason = format_cause(error)
-            advice = advise_on_memory(reason, on_gpu=self.settings.cluster.gpus_per_engine > 0)
-            raise ResourceError(
-                f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
-                "message is in this actor's log"
-            ) from error
+        self._engine = await self._start_core_process(config)
         await self._engine.update_weight_version(str(self.weight_version))
         await self._load_zero_adapter()
         return {
@@ -154,6 +146,28 @@ class RolloutEngine:
             "model": str(self.model_folder),
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
+
+    async def _start_core_process(self, config: Any) -> AsyncLLM:
+        """Start vLLM's core process; on a shared GPU try again. Raises ResourceError with the last reason."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        attempts_left = SHARED_GPU_START_ATTEMPTS if self.settings.is_colocated else 1
+        on_gpu = self.settings.cluster.gpus_per_engine > 0
+        while True:
+            attempts_left -= 1
+            try:
+                with nullcontext() if on_gpu else fork_core_process():
+                    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except (RuntimeError, ValueError, OSError, MemoryError) as error:
+                reason = format_cause(error)
+                if not attempts_left:
+                    advice = advise_on_memory(reason, on_gpu=on_gpu)
+                    raise ResourceError(
+                        f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; "
+                        "its own message is in this actor's log"
+                    ) from error
+            logger.warning("%s: vLLM's core did not start: %s; again in %g s", self.name, reason, START_RETRY_S)
+            await asyncio.sleep(START_RETRY_S)
 
     async def generate(
         self,
@@ -346,7 +360,7 @@ class RolloutEngine:
                 "enable_prefix_caching": caches_prefixes,
             }
         else:
-            keeps_state = _keeps_recurrent_state(self.model_folder)
+            keeps_state = keeps_recurrent_state(self.model_folder)
             device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
                 "block_size": CPU_KV_BLOCK_TOKENS,
@@ -540,26 +554,6 @@ def list_core_pids(engine: AsyncLLM) -> list[int]:
     """Process ids of vLLM's engine core processes."""
     manager = engine.engine_core.resources.engine_manager
     return [process.pid for process in manager.processes] if manager is not None else []
-
-
-def _keeps_recurrent_state(model_folder: Path) -> bool:
-    """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
-
-    Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA
-    here), which costs 5 to 15 s on the first run on a machine. An architecture that vLLM does not know is left to
-    vLLM's own error.
-    """
-    from vllm.model_executor.models.interfaces import has_inner_state, is_hybrid
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    is_recurrent = False
-    for architecture in json.loads((model_folder / "config.json").read_text()).get("architectures") or []:
-        registered_model = ModelRegistry.models.get(architecture)
-        if registered_model is not None:
-            model_class = registered_model.load_model_cls()
-            ModelRegistry.register_model(architecture, model_class)
-            is_recurrent |= has_inner_state(model_class) or is_hybrid(model_class)
-    return is_recurrent
 
 
 def advise_on_memory(reason: str, *, on_gpu: bool) -> str:
