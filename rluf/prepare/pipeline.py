@@ -114,7 +114,8 @@ def build_data_set(
         "forgotten": previous_card.get("forgotten", []),
     }  # fmt: skip
     with open_workspace(output_folder, hash_inputs(inputs)) as workspace:
-        sources = group_messages(sources, workspace.root / "grouped")
+        if any(source.is_grouped for source in sources):
+            sources = group_messages(sources, workspace.root / "grouped")
         card = _run_passes(settings, sources, workspace, previous_card, task_executor or execute_on_ray)
     for line in format_card_lines(card):
         logger.info("data set %s: %s", output_folder, line)

@@ -40,7 +40,7 @@ def group_messages(sources: Sequence[LogSource], folder: Path) -> list[LogSource
     """
     grouped: dict[tuple[str, int], list[LogSource]] = defaultdict(list)
     for source in sources:
-        if source.entry.reader is not None and find_reader(source.entry.reader, source.kind_name).group_by:
+        if source.is_grouped:
             grouped[source.kind_name, source.entry_index].append(source)
     result, replaced = [], set[tuple[str, int]]()
     for source in sources:

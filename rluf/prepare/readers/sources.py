@@ -59,6 +59,11 @@ class LogSource:
         """The location as a local path; not for URLs."""
         return Path(self.location)
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a row is one message, so that the reader needs the rows of a chat together."""
+        return self.entry.reader is not None and bool(find_reader(self.entry.reader, self.kind_name).group_by)
+
 
 def resolve_sources(
     entries: Sequence[DataSource | str], kind_name: str = "*", table_folders: TableFolders | None = None
