@@ -60,7 +60,7 @@ def _import_models(architectures: Sequence[str]) -> tuple[Sequence[str], Mapping
     return answer[0], answer[1]
 
 
-def keeps_recurrent_state(model_folder: Path) -> bool:
+def has_recurrent_layers(model_folder: Path) -> bool:
     """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
 
     Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rluf.backends.vllm.architectures import keeps_recurrent_state
+from rluf.backends.vllm.architectures import has_recurrent_layers
 from rluf.backends.vllm.core_process import fork_core_process
 from rluf.backends.weight_transfer.base import has_tied_embeddings
 from rluf.backends.weight_transfer.lora import (
@@ -360,14 +360,14 @@ class RolloutEngine:
                 "enable_prefix_caching": caches_prefixes,
             }
         else:
-            keeps_state = keeps_recurrent_state(self.model_folder)
+            is_recurrent = has_recurrent_layers(self.model_folder)
             device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
                 "block_size": CPU_KV_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which vLLM's CPU build cannot: the core dies.
                 "enable_chunked_prefill": False,
                 # vLLM caches the state of a recurrent layer (Mamba, linear attention) only in chunks.
-                "enable_prefix_caching": caches_prefixes and not keeps_state,
+                "enable_prefix_caching": caches_prefixes and not is_recurrent,
                 "max_num_batched_tokens": max(MAX_CPU_STEP_TOKENS, max_model_tokens, rollout.concurrency),
             }
         transport = self.settings.weight_sync.transport
