@@ -12,8 +12,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git libgomp1 libnuma1 make wget \
     && rm -rf /var/lib/apt/lists/*
 # Other user ids (docker run --user, OpenShift) write cache, runs and Ray's token too; each owns what it writes.
-RUN useradd --create-home --uid 1000 rluf && mkdir /app /cache /runs \
-    && chown rluf /app /cache /runs && chmod 1777 /cache /runs /home/rluf
+RUN useradd --create-home --home-dir /var/lib/rluf --uid 1000 rluf && mkdir /app /cache /runs \
+    && chown rluf /app /cache /runs && chmod 1777 /cache /runs /var/lib/rluf
 USER rluf
 WORKDIR /app
 
@@ -29,7 +29,7 @@ COPY --chown=rluf . .
 # NVIDIA's container runtime refuses to start the image on an older driver; ignored where there is no GPU.
 # HOME and USER are also those of a user id that has no name in the image.
 ENV PATH=/app/.venv/bin:$PATH \
-    HOME=/home/rluf \
+    HOME=/var/lib/rluf \
     USER=rluf \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_REQUIRE_CUDA=cuda>=13.0 \

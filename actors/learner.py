@@ -46,7 +46,7 @@ from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.gpu_metrics import count_flops_per_token, measure_gpu
 from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
-from rluf.backends.weight_transfer import renew_weight_sender
+from rluf.backends.weight_transfer import ensure_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
@@ -462,7 +462,7 @@ class LearnerActor:
         if self.rank > 0 and not self.settings.is_colocated:
             return {}
         sender, find_address = self._weight_sender, self.find_rendezvous_address
-        self._weight_sender = renew_weight_sender(sender, self.settings, engine_indices, find_address)
+        self._weight_sender = ensure_weight_sender(sender, self.settings, engine_indices, find_address)
         return self._weight_sender.begin(version)
 
     def send_next_weight_bucket(self) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ from rluf.utils.event_loop import collect_garbage_rarely
 
 OBJECTIVES = ("love", "helpfulness", "safety")
 MAX_DELAYS = 200_000
-"""Delays of the last calls that are kept, so that their list does not grow over many steps."""
+"""Delays of the last calls that are stored, so that their list does not grow over many steps."""
 
 
 class IdleSkippingSelector(selectors.SelectSelector):

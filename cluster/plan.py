@@ -117,27 +117,29 @@ def _count_gpus(pools: Sequence[ActorPoolPlan]) -> float:
     total = _total([pool for pool in pools if pool not in sharing], "GPU")
     if sharing:
         # Reward actors share GPUs with each other only, and a share lies on one GPU: 3 of 0.6 need 3 GPUs.
-        places = _shares_per_gpu(sharing[0].gpus_per_actor)
-        total += math.ceil(sum(pool.actor_count for pool in sharing) / places)
+        actors_per_gpu = _count_shares_per_gpu(sharing[0].gpus_per_actor)
+        total += math.ceil(sum(pool.actor_count for pool in sharing) / actors_per_gpu)
     return total
 
 
-def _shares_per_gpu(share: float) -> int:
+def _count_shares_per_gpu(share: float) -> int:
     return math.floor(1 / share + RESOURCE_TOLERANCE)
 
 
 def _count_places(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
     """How many of `bundle` a node has room for."""
-    places = []
+    counts_by_kind = []
     for kind, amount in bundle.items():
         available = node.get(kind, 0.0)
         if kind == "GPU" and amount < 1:
             whole_gpus = math.floor(available + RESOURCE_TOLERANCE)
             rest = max(0.0, available - whole_gpus)
-            places.append(whole_gpus * _shares_per_gpu(amount) + math.floor(rest / amount + RESOURCE_TOLERANCE))
+            counts_by_kind.append(
+                whole_gpus * _count_shares_per_gpu(amount) + math.floor(rest / amount + RESOURCE_TOLERANCE)
+            )
         else:
-            places.append(math.floor(available / amount + RESOURCE_TOLERANCE))
-    return min(places)
+            counts_by_kind.append(math.floor(available / amount + RESOURCE_TOLERANCE))
+    return min(counts_by_kind)
 
 
 def format_plan(resource_plan: ResourcePlan, *, use_rich: bool) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from rluf.backends.weight_transfer import nccl, renew_weight_sender
+from rluf.backends.weight_transfer import ensure_weight_sender, nccl
 from rluf.backends.weight_transfer.nccl import NcclReceiver, NcclSender
 from rluf.config.load import load_settings
 from rluf.errors import ActorLostError, WeightSyncError
@@ -99,7 +99,7 @@ def sync(
 ) -> NcclSender:
     """One weight sync to `engines` by name."""
     indices = {name: engine.engine.engine_index for name, engine in engines.items()}
-    new_sender = renew_weight_sender(sender, load_settings(None, OVERRIDES).settings, indices, find_address)
+    new_sender = ensure_weight_sender(sender, load_settings(None, OVERRIDES).settings, indices, find_address)
     assert isinstance(new_sender, NcclSender)
     transfer_info = new_sender.begin(version)
     # Joining and receiving happen on every engine at once, while the learner's next call waits for them.
@@ -131,7 +131,7 @@ def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement(wi
         assert [engine.ranks for engine in everyone.values()] == [{1, 2}, {5, 6}, {3, 4}]
         assert sync(fourth, everyone, 5, pool) is fourth
         # Between the loss of the last engine and its replacement there is nobody to send to.
-        alone = renew_weight_sender(fourth, load_settings(None, OVERRIDES).settings, {}, find_address)
+        alone = ensure_weight_sender(fourth, load_settings(None, OVERRIDES).settings, {}, find_address)
         alone.begin(6)
         alone.send_bucket([("w", torch.zeros(2))])
         alone.end()
@@ -140,7 +140,7 @@ def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement(wi
 
 def test_a_rendezvous_that_vllm_cannot_reach_is_refused(without_gpus: None) -> None:
     settings = load_settings(None, OVERRIDES).settings
-    sender = renew_weight_sender(None, settings, {"rollout 0": 0}, lambda: ("fd00::7", 1234))
+    sender = ensure_weight_sender(None, settings, {"rollout 0": 0}, lambda: ("fd00::7", 1234))
     with pytest.raises(WeightSyncError, match=r"IPv4 only, but the learner's address is fd00::7"):
         sender.begin(1)
     sender.close()
@@ -215,7 +215,7 @@ async def test_a_loss_over_shared_memory_waits_for_the_other_engines() -> None:
 
 def test_a_sender_of_another_transport_stays(tmp_path: Any) -> None:
     settings = load_settings(None, ["weight_sync.transport=disk", f"run.cache={tmp_path}"]).settings
-    sender = renew_weight_sender(None, settings, {"rollout 0": 0}, find_address)
-    assert renew_weight_sender(sender, settings, {}, find_address) is sender
+    sender = ensure_weight_sender(None, settings, {"rollout 0": 0}, find_address)
+    assert ensure_weight_sender(sender, settings, {}, find_address) is sender
     sender.close()
     assert not isinstance(sender, nccl.NcclSender)

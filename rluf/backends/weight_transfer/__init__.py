@@ -23,7 +23,7 @@ RECEIVED_TRANSPORTS = ("shm", "disk", "nccl", "cuda_ipc")
 """Transports with a receiver in the vLLM workers; LoRA adapters are loaded through vLLM's own API."""
 
 
-def renew_weight_sender(
+def ensure_weight_sender(
     sender: WeightSender | None,
     settings: Settings,
     engine_indices: Mapping[str, int],

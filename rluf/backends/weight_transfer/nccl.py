@@ -27,7 +27,7 @@ class NcclSender:
     Both sides of an NCCL call must be in it at once, while a sync goes phase by phase. So joining the group and each
     broadcast run on a background thread; the next call waits for it, at most `timeout_s` seconds. The learner is rank 0
     of the group; the engines follow in the order of their indices, each with one rank per GPU. A sender has one group:
-    after a loss, and with a new engine, another sender takes its place (`renew_weight_sender`).
+    after a loss, and with a new engine, another sender takes its place (`ensure_weight_sender`).
     """
 
     def __init__(
