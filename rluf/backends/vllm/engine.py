@@ -138,7 +138,7 @@ class RolloutEngine:
             self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             reason = format_cause(error)
-            advice = advise_on_memory(reason, on_gpu=self.settings.cluster.gpus_per_engine > 0)
+            advice = describe_memory_advice(reason, on_gpu=self.settings.cluster.gpus_per_engine > 0)
             raise ResourceError(
                 f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
                 "message is in this actor's log"
@@ -341,7 +341,7 @@ class RolloutEngine:
                 "enable_prefix_caching": caches_prefixes,
             }
         else:
-            keeps_state = _keeps_recurrent_state(self.model_folder)
+            keeps_state = _has_recurrent_state(self.model_folder)
             device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
                 "block_size": CPU_KV_BLOCK_TOKENS,
@@ -536,7 +536,7 @@ def list_core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _keeps_recurrent_state(model_folder: Path) -> bool:
+def _has_recurrent_state(model_folder: Path) -> bool:
     """Whether vLLM's model has layers with a state (Mamba, linear attention, short convolutions).
 
     Inspects the model's class in this process: by default vLLM starts a process only for that (so as not to touch CUDA
@@ -556,7 +556,7 @@ def _keeps_recurrent_state(model_folder: Path) -> bool:
     return is_recurrent
 
 
-def advise_on_memory(reason: str, *, on_gpu: bool) -> str:
+def describe_memory_advice(reason: str, *, on_gpu: bool) -> str:
     """What to do about the error of an engine's start with this `reason`; empty if it is not about memory."""
     setting = "rollout.gpu_memory_share" if on_gpu else "rollout.kv_cache_gib"
     if re.search(r"No available memory for the cache|larger than the available KV cache", reason):
