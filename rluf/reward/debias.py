@@ -48,7 +48,7 @@ def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacte
     reaction rate, which is small. With `all_reacted` every row is a reaction (up or down) and weighs 1 / theta.
     """
     bounded, has_reaction = np.maximum(propensity, 1e-12), (labels > 0.5) | all_reacted
-    # Rows that nobody reacts to, as of a client without the buttons, must not set the scale of the others.
+    # Rows without reactions, as of a client that has no buttons, must not set the scale of the others.
     median = float(np.median(bounded[has_reaction])) if has_reaction.any() else 1.0
     factors = np.minimum(median / bounded, MAX_PROPENSITY_WEIGHT)
     return np.where(has_reaction, factors, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
-from rluf.backends.vllm.engine import advise_on_memory, format_cause
+from rluf.backends.vllm.engine import describe_memory_advice, format_cause
 
 
 class Picky(BaseModel):
@@ -104,5 +104,5 @@ def test_the_cause_is_found_in_every_kind_of_chain(kind: str, expected: str) -> 
 )
 def test_advice_about_memory_fits_the_error_and_the_device(reason: str, cpu_advice: str, gpu_advice: str) -> None:
     for advice, on_gpu in ((cpu_advice, False), (gpu_advice, True)):
-        answer = advise_on_memory(reason, on_gpu=on_gpu)
+        answer = describe_memory_advice(reason, on_gpu=on_gpu)
         assert answer.startswith(f"; {advice}") if advice else not answer

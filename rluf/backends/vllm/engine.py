@@ -161,7 +161,7 @@ class RolloutEngine:
             except (RuntimeError, ValueError, OSError, MemoryError) as error:
                 reason = format_cause(error)
                 if not attempts_left:
-                    advice = advise_on_memory(reason, on_gpu=on_gpu)
+                    advice = describe_memory_advice(reason, on_gpu=on_gpu)
                     raise ResourceError(
                         f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; "
                         "its own message is in this actor's log"
@@ -556,7 +556,7 @@ def list_core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def advise_on_memory(reason: str, *, on_gpu: bool) -> str:
+def describe_memory_advice(reason: str, *, on_gpu: bool) -> str:
     """What to do about the error of an engine's start with this `reason`; empty if it is not about memory."""
     setting = "rollout.gpu_memory_share" if on_gpu else "rollout.kv_cache_gib"
     if re.search(r"No available memory for the cache|larger than the available KV cache", reason):

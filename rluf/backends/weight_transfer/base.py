@@ -117,8 +117,8 @@ class WeightManifest:
 
 def has_tied_embeddings(config: Any) -> bool:
     """Whether the output head of a model is its embedding, by its config or that of its language model."""
-    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-    return any(getattr(part, "tie_word_embeddings", False) for part in configs)
+    model_configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    return any(getattr(model_config, "tie_word_embeddings", False) for model_config in model_configs)
 
 
 def find_tied_sources(model_folder: Path, stored_names: Iterable[str]) -> dict[str, str]:
