@@ -226,6 +226,11 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
     return reader
 
 
+def has_single_messages(source: LogSource) -> bool:
+    """Whether a row of a file is one message of a chat, and its reader wants the chat (see groups.py)."""
+    return source.entry.reader is not None and bool(find_reader(source.entry.reader, source.kind_name).group_by)
+
+
 def _find_files(entry: DataSource, kind_name: str) -> list[str]:
     if entry.path.startswith("sample:"):
         return [str(find_sample_log(entry.path.removeprefix("sample:")))]
