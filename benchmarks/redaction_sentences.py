@@ -533,12 +533,12 @@ def list_missed_sentences() -> dict[str, list[str]]:
     """Sentences in which personal data are left, by kind."""
     missed: dict[str, list[str]] = {}
     for kind, lines in SENTENCES.items():
-        parts = [re.split("[⟦⟧]", line) for line in lines.split("\n")]
-        redacted = redact_array(pa.array(["".join(part) for part in parts]), KINDS)[0].to_pylist()
+        segments_by_line = [re.split("[⟦⟧]", line) for line in lines.split("\n")]
+        redacted = redact_array(pa.array(["".join(segments) for segments in segments_by_line]), KINDS)[0].to_pylist()
         missed[kind] = [
-            "".join(part)
-            for part, text in zip(parts, redacted, strict=True)
-            if any(secret.strip() in text for secret in part[1::2])
+            "".join(segments)
+            for segments, text in zip(segments_by_line, redacted, strict=True)
+            if any(secret.strip() in text for secret in segments[1::2])
         ]
     return missed
 

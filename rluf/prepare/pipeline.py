@@ -32,7 +32,7 @@ from rluf.prepare.entry_report import (
 )
 from rluf.prepare.readers.columns import check_columns
 from rluf.prepare.readers.groups import group_messages
-from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_all_sources
+from rluf.prepare.readers.sources import LogSource, fingerprint_sources, has_single_messages, resolve_all_sources
 from rluf.prepare.readers.tables import TableFolders, export_tables
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
@@ -114,7 +114,7 @@ def build_data_set(
         "forgotten": previous_card.get("forgotten", []),
     }  # fmt: skip
     with open_workspace(output_folder, hash_inputs(inputs)) as workspace:
-        if any(source.is_grouped for source in sources):
+        if any(map(has_single_messages, sources)):
             sources = group_messages(sources, workspace.root / "grouped")
         card = _run_passes(settings, sources, workspace, previous_card, task_executor or execute_on_ray)
     for line in format_card_lines(card):

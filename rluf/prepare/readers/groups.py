@@ -19,7 +19,7 @@ from typing import BinaryIO
 from rluf.errors import DataError
 from rluf.prepare.readers.columns import get_by_path
 from rluf.prepare.readers.files import BROKEN_FILE_REASONS, read_line_batches
-from rluf.prepare.readers.sources import LogSource, find_reader
+from rluf.prepare.readers.sources import LogSource, find_reader, has_single_messages
 from rluf.utils.hashing import hash64
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def group_messages(sources: Sequence[LogSource], folder: Path) -> list[LogSource
     """
     grouped: dict[tuple[str, int], list[LogSource]] = defaultdict(list)
     for source in sources:
-        if source.is_grouped:
+        if has_single_messages(source):
             grouped[source.kind_name, source.entry_index].append(source)
     result, replaced = [], set[tuple[str, int]]()
     for source in sources:

@@ -59,11 +59,6 @@ class LogSource:
         """The location as a local path; not for URLs."""
         return Path(self.location)
 
-    @property
-    def is_grouped(self) -> bool:
-        """Whether a row is one message, so that the reader needs the rows of a chat together."""
-        return self.entry.reader is not None and bool(find_reader(self.entry.reader, self.kind_name).group_by)
-
 
 def resolve_sources(
     entries: Sequence[DataSource | str], kind_name: str = "*", table_folders: TableFolders | None = None
@@ -229,6 +224,11 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
             f"move the entry to data.{reader.kind_name}"
         )
     return reader
+
+
+def has_single_messages(source: LogSource) -> bool:
+    """Whether a row of a file is one message of a chat, and its reader wants the chat (see groups.py)."""
+    return source.entry.reader is not None and bool(find_reader(source.entry.reader, source.kind_name).group_by)
 
 
 def _find_files(entry: DataSource, kind_name: str) -> list[str]:

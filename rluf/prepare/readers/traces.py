@@ -91,9 +91,11 @@ def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
 
 def _list_reactions(row: Mapping[str, Any], metadata: Mapping[str, Any], notes: Counter[str]) -> list[str]:
     """Reactions to a stored completion: under their usual names in the row, or in its metadata under any such name."""
-    found = {name: row[name] for name in ("feedback", "reaction", "rating") if row.get(name) is not None}
-    found |= {name: value for name, value in metadata.items() if _REACTION_METADATA.fullmatch(_simplify(name))}
-    names = {name: name_reactions(value) for name, value in found.items()}
+    value_by_name = {name: row[name] for name in ("feedback", "reaction", "rating") if row.get(name) is not None}
+    value_by_name |= {
+        name: value for name, value in metadata.items() if _REACTION_METADATA.fullmatch(_normalize_key(name))
+    }
+    names = {name: name_reactions(value) for name, value in value_by_name.items()}
     notes[RATINGS_NOTE] += any("rating" in name.lower() and names[name] for name in names)
     notes["several reactions in one row"] += sum(map(len, names.values())) > 1
     return [reaction for reactions in names.values() for reaction in reactions]
@@ -105,10 +107,10 @@ def _is_user_score(score: Mapping[str, Any]) -> bool:
 
 
 def _is_user_score_name(name: object) -> bool:
-    return _USER_SCORE_NAMES.match(_simplify(name)) is not None
+    return _USER_SCORE_NAMES.match(_normalize_key(name)) is not None
 
 
-def _simplify(name: object) -> str:
+def _normalize_key(name: object) -> str:
     return re.sub(r"[\W_]+", "", str(name).lower())
 
 
