@@ -521,7 +521,7 @@ class GatewayDeployment:
         """Sample a response from a policy and log it before it is returned."""
         arm = None
         if not request.model and self._experiment:
-            # Without a key the turns of a conversation could not be kept on one arm: they get the first policy, no arm.
+            # Without a key the turns of a conversation could not stay on one arm: they get the first policy, no arm.
             key = build_score_route(request.user, request.conversation_id, None).assignment_key
             arm = None if key is None else assign_arm(key, self._experiment, self._user_salt)
         policy_name = request.model or arm or next(iter(self._policy_handles), "")

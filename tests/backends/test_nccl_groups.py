@@ -114,7 +114,8 @@ def sync(
     return new_sender
 
 
-def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement(without_gpus: None) -> None:
+@pytest.mark.usefixtures("without_gpus")
+def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement() -> None:
     with ThreadPoolExecutor(8) as pool:
         engines = {f"rollout {index}": StandInEngine(index) for index in range(3)}
         first = sync(sync(None, engines, 1, pool), engines, 2, pool)
@@ -138,7 +139,8 @@ def test_a_group_is_made_again_without_a_lost_engine_and_with_its_replacement(wi
         alone.close()
 
 
-def test_a_rendezvous_that_vllm_cannot_reach_is_refused(without_gpus: None) -> None:
+@pytest.mark.usefixtures("without_gpus")
+def test_a_rendezvous_that_vllm_cannot_reach_is_refused() -> None:
     settings = load_settings(None, OVERRIDES).settings
     sender = ensure_weight_sender(None, settings, {"rollout 0": 0}, lambda: ("fd00::7", 1234))
     with pytest.raises(WeightSyncError, match=r"IPv4 only, but the learner's address is fd00::7"):
