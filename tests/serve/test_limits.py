@@ -208,11 +208,11 @@ class Overload:
 
 
 OVERLOADS = {
-    "small requests": Overload(), "large requests": Overload((256,)), "one by one": Overload((1,)),
+    "small requests": Overload(), "large requests": Overload((256,)), "one by one": Overload((1,), tokens_per_s=1000.0),
     "four replicas": Overload(replica_count=4, max_replicas=4), "sizes by turns": Overload((1, 256)),
     "lengths by turns": Overload(lengths=(15, 1500)), "a rare large request": Overload((1,) * 40 + (128,), (300, 1500)),
     "a slow model": Overload((4,), tokens_per_s=300.0), "a slow model, one by one": Overload((1,), tokens_per_s=250.0),
-    "a slow model, many": Overload((64,), (60,), tokens_per_s=250.0), "a fast model": Overload(tokens_per_s=50_000.0),
+    "a slow model, many": Overload((64,), (60,), tokens_per_s=250.0), "a fast model": Overload(tokens_per_s=20_000.0),
     "replicas that are not up yet": Overload((4,), tokens_per_s=2000.0, max_replicas=4),
     "a model that becomes slow": Overload((4,), slow_share=0.2),
 }  # fmt: skip
