@@ -111,9 +111,11 @@ What the engine adds (vLLM 0.32):
 - A sliding window counts only if `rollout.max_prompt_tokens` + `rollout.max_response_tokens` is longer than it (240
   here): then the learner reads rows, else it packs. Engines apply the window in both cases.
 - MPT and GPT-Neo have no model in vLLM, and it cannot run those of transformers.
+- GPT-BigCode, BLOOM, GPT-NeoX with a tied head, and Mamba 1 on CPUs start in vLLM and then end or compute wrongly, so
+  they are refused at the start. vLLM reads LFM2 only with `conv_dim` in its config.
 
 `python -m rluf.train --check` compares a real engine with the learner. `pytest -m nightly
-tests/backends/test_engine_families.py` does so for 15 families, before and after a weight sync.
+tests/backends/test_engine_families.py` does so for 10 families, before and after a weight sync (all agree to 0.01).
 
 | family | trained | error | cosine | reason |
 |---|---|---|---|---|

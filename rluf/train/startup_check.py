@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
-from rluf.backends.vllm.architectures import find_engine_problems
+from rluf.backends.vllm.architectures import find_engine_fault, find_engine_problems
 from rluf.backends.weight_transfer.base import WeightManifest, has_tied_embeddings, read_checkpoint_shapes
 from rluf.backends.weight_transfer.lora import read_linear_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
@@ -83,6 +83,11 @@ def check_engine_support(settings: Settings, model_path: Path) -> str:
     """The installed vLLM must have a model for the architecture, or be able to run that of transformers."""
     config = read_model_config(model_path, settings.model.trust_remote_code)
     architecture = (config.architectures or [""])[0]
+    fault = find_engine_fault(architecture, on_gpu=settings.policy_gpus > 0, has_tied_head=has_tied_embeddings(config))
+    if fault is not None:
+        raise ModelError(
+            f"{model_path} cannot be trained: the installed vLLM runs {architecture}, but {fault}; use another model"
+        )
     problem = find_engine_problems([architecture])[architecture]
     if problem == "missing":
         raise ModelError(

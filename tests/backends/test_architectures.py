@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from transformers import LlamaConfig, MptConfig, PretrainedConfig, Qwen3_5TextConfig, StableLmConfig
 
 from rluf.backends.vllm import architectures
-from rluf.backends.vllm.architectures import find_engine_problems
+from rluf.backends.vllm.architectures import find_engine_fault, find_engine_problems
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.train.startup_check import check_engine_support
@@ -85,3 +86,32 @@ def test_the_installed_vllm_answers() -> None:
         "MptForCausalLM": "missing",
         "FalconForCausalLM": "",
     }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "on_gpu", "has_tied_head", "is_faulty"),
+    [
+        ("BloomForCausalLM", True, True, True), ("GPTBigCodeForCausalLM", False, True, True),
+        ("GPTNeoXForCausalLM", False, True, True), ("GPTNeoXForCausalLM", False, False, False),
+        ("MambaForCausalLM", False, True, True), ("MambaForCausalLM", True, True, False),
+        ("Mamba2ForCausalLM", False, True, False), ("GPT2LMHeadModel", False, True, False),
+    ],
+)  # fmt: skip
+def test_families_that_fail_after_the_start_of_an_engine_are_known(
+    architecture: str, on_gpu: bool, has_tied_head: bool, is_faulty: bool
+) -> None:
+    fault = find_engine_fault(architecture, on_gpu=on_gpu, has_tied_head=has_tied_head)
+    assert (fault is not None) is is_faulty
+
+
+def test_a_family_that_fails_in_the_engine_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "n_layer": 2,
+        "n_head": 4,
+        "hidden_size": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="runs BloomForCausalLM, but it refuses the output head"):
+        check_engine_support(Settings(), tmp_path)

@@ -22,6 +22,12 @@ for name in sys.argv[1:]:
 print(json.dumps([sorted(vllm.ModelRegistry.models), problems]))
 """
 IMPORT_TIMEOUT_S = 300
+ENGINE_FAULTS: Mapping[str, str] = {
+    "BloomForCausalLM": "it refuses the output head of a weight update",
+    "GPTBigCodeForCausalLM": "its core process ends at the first request",
+}
+"""Architectures that start in vLLM and then fail (tests/backends/test_engine_families.py)."""
+CPU_ENGINE_FAULTS: Mapping[str, str] = {"MambaForCausalLM": "vLLM's CPU build has no selective scan"}
 
 
 def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
@@ -43,6 +49,13 @@ def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
         is_missing = name not in registered_names and not model_classes[name]._can_set_attn_implementation()
         problems[name] = None if not registered_names else "missing" if is_missing else import_problems[name]
     return problems
+
+
+def find_engine_fault(architecture: str, *, on_gpu: bool, has_tied_head: bool) -> str | None:
+    """Why vLLM's model of an architecture would fail or compute wrongly after its start; None if no fault is known."""
+    if architecture == "GPTNeoXForCausalLM" and has_tied_head:
+        return "it ignores that the output head is tied to the embedding"
+    return ENGINE_FAULTS.get(architecture) or (None if on_gpu else CPU_ENGINE_FAULTS.get(architecture))
 
 
 def _import_models(architectures: Sequence[str]) -> tuple[Sequence[str], Mapping[str, str]]:
