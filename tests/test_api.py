@@ -1,4 +1,3 @@
-import asyncio
 import functools
 import json
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 
 import rluf
 from rluf.errors import DataError, ModelError, SettingsError
-from rluf.utils.event_loop import run_coroutine
 from rluf.utils.plugins import load_plugin
 
 
@@ -360,17 +358,3 @@ def test_a_stored_function_that_others_can_write_is_refused(tmp_path: Path) -> N
     path.chmod(0o666)
     with pytest.raises(SettingsError, match="only its owner"):
         load_plugin(f"pickle:{path}", kind="reward function")
-
-
-async def _return_thread_result() -> int:
-    await asyncio.sleep(0)
-    return 7
-
-
-def test_a_coroutine_runs_with_and_without_a_running_loop() -> None:
-    assert run_coroutine(_return_thread_result()) == 7
-
-    async def run_cell() -> int:
-        return run_coroutine(_return_thread_result())
-
-    assert asyncio.run(run_cell()) == 7

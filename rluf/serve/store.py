@@ -360,10 +360,9 @@ class FeedbackStore(ParquetFolder):
                 return "late"
             if record is None:
                 return "unknown"
-            # Only the same user continues: anybody may name the conversation of another one.
+            # Only the same user continues: anybody may name another one's conversation. IS NOT NULL selects the index.
             connection.execute(
                 f"UPDATE rows SET continued = 1, checksum = {build_checksum_update('rows', continued='1')} "
-                # Without this condition SQLite would not use the index of open rows, and read all rows instead.
                 "WHERE record IS NOT NULL AND conversation_id = ? AND turn < ? AND continued = 0 "
                 "AND CASE WHEN json_valid(record) THEN json_extract(record, '$.user_id') END = ?",
                 (record.conversation_id, record.turn, record.user_id),

@@ -47,6 +47,9 @@ def test_ranks_meet_at_an_ipv6_address() -> None:
     with claim_port("::1") as reservation:
         port = int(reservation.getsockname()[1])
         join_process_group(rank=0, world_size=1, host="::1", port=port, device=torch.device("cpu"), timeout_s=30)
+    value = torch.ones(1)
+    torch.distributed.all_reduce(value)
+    assert torch.distributed.get_world_size() == 1 and value.item() == 1
     leave_process_group()
 
 

@@ -378,6 +378,17 @@ def test_only_the_same_user_continues_a_conversation(tmp_path: Path, user: str, 
     assert read_rows(tmp_path / "store")["a"][1] is is_continued
 
 
+def test_a_new_row_does_not_read_all_rows_of_the_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path, FakeClock())
+    connection, statements = store._require_open(), list[str]()
+    connection.set_trace_callback(statements.append)
+    store.append_events([make_served_event("a", turn=1)])
+    connection.set_trace_callback(None)
+    updates = [statement for statement in statements if statement.startswith("UPDATE rows SET continued")]
+    plans = [connection.execute(f"EXPLAIN QUERY PLAN {update}").fetchall() for update in updates]
+    assert [row[-1] for row in plans[0]] == ["SEARCH rows USING INDEX open_by_conversation (conversation_id=?)"]
+
+
 def test_a_later_turn_marks_the_earlier_ones_as_continued(tmp_path: Path) -> None:
     store = open_store(tmp_path, FakeClock())
     store.append_events([make_served_event("a", turn=0), make_served_event("b", turn=2), make_served_event("c", "d")])

@@ -54,7 +54,7 @@ def find_engine_problems(architectures: Sequence[str]) -> dict[str, str | None]:
 def find_engine_fault(architecture: str, *, on_gpu: bool, has_tied_head: bool) -> str | None:
     """Why vLLM's model of an architecture would fail or compute wrongly after its start; None if no fault is known."""
     if architecture == "GPTNeoXForCausalLM" and has_tied_head:
-        return "it ignores that the output head is tied to the embedding"
+        return "its log-probabilities are not those of the learner where the output head is tied to the embedding"
     return ENGINE_FAULTS.get(architecture) or (None if on_gpu else CPU_ENGINE_FAULTS.get(architecture))
 
 
