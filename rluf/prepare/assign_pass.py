@@ -47,6 +47,8 @@ _STATISTICS_COLUMNS = (
 SAMPLE_ROWS = 20
 """Training rows of each label and entry that the page of the data card shows."""
 
+_NO_BANDS: splits.HashKeys = np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
+
 _NO_REACTION = -128
 """Label code of rows without a reaction, where codes are an array; null in the index."""
 
@@ -92,16 +94,15 @@ class _RowDecisions:
         self.drop_rows(row_mask, reason)
 
 
-def _group_prompts(task: AssignTask, prompt_key: splits.HashKeys, rows: Ints) -> Ints:
-    """Group of near-duplicate prompts [R] of rows [R] of the index with keys [R]; each prompt is compared once."""
-    unique_keys, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    prompt_rows = rows[first_rows]
+def _group_prompts(
+    task: AssignTask, prompt_key: splits.HashKeys, rows: Ints, other_bands: splits.HashKeys = _NO_BANDS
+) -> Ints:
+    """Group [R + P] of near-duplicate prompts with these keys: rows [R] of the index, and prompts of other hashes."""
     bands = (
-        load_band_hashes(task.work_folder, task.kind_name, prompt_rows, [band])[:, 0]
+        np.concatenate([load_band_hashes(task.work_folder, task.kind_name, rows, [band])[:, 0], other_bands[:, band]])
         for band in range(splits.BAND_COUNT)
     )
-    groups: Ints = splits.group_by_bands(len(unique_keys), bands)[unique_index]
-    return groups
+    return splits.group_near_duplicates(prompt_key, bands)
 
 
 def _order_by_log_position(table: pa.Table) -> Ints:
@@ -156,7 +157,7 @@ def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKe
     """Prompt keys [P] and band hashes [P, BAND_COUNT] of the test prompts of data.prompts."""
     table, files, _ = load_index(work_folder, "prompts")
     if not files:
-        return np.empty(0, dtype=np.uint64), np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
+        return np.empty(0, dtype=np.uint64), _NO_BANDS
     rows = np.flatnonzero(read_column(table, "split") == splits.TEST_CODE)
     return read_column(table, "prompt_key")[rows], load_band_hashes(
         work_folder, "prompts", rows, range(splits.BAND_COUNT)
@@ -185,10 +186,7 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     if task.strict_splits:
         rows = np.flatnonzero(decisions.keep_mask)
         # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
-        band_hashes = load_band_hashes(task.work_folder, task.kind_name, rows, range(splits.BAND_COUNT))
-        prompt_group = splits.group_near_duplicates(
-            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([band_hashes, test_bands])
-        )
+        prompt_group = _group_prompts(task, np.concatenate([prompt_key[rows], test_keys]), rows, test_bands)
         row_group, test_groups = prompt_group[: len(rows)], np.unique(prompt_group[len(rows) :])
         leak_mask = splits.find_near_duplicate_leaks(
             row_group, prompt_key[rows], split_code[rows], test_groups, task.dev_share, task.test_share
@@ -197,9 +195,11 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     return statistics
 
 
-def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> dict[str, int]:
-    """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts."""
-    order = _order_by_log_position(table)
+def _drop_repeated_rows(task: AssignTask, table: pa.Table, order: Ints, decisions: _RowDecisions) -> dict[str, int]:
+    """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts.
+
+    `order` [N] sorts the index by position in the log.
+    """
     order = order[decisions.keep_mask[order]]
     prompt_key, content_key = read_column(table, "prompt_key"), read_column(table, "response_key")
     # Rows of feedback repeat those of the same user, labeled rows those of the same label; pairs any other.
@@ -431,12 +431,13 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
         statistics["contradictory_rows"] = decisions.contradictory_rows
         decisions.drop_rows(pc.fill_null(pc.less(table["reaction_label"], 0), False).to_numpy(), "reaction is ignored")
         table = _name_loved_reactions(table)
-    if task.kind_name != "prompts":
-        statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
-    source_index = read_column(table, "source_index")
-    # Other positions in the log are not needed any more, and the memory is.
-    used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
+    source_index, order = read_column(table, "source_index"), _order_by_log_position(table)
+    # Positions in the log are not needed any more, and comparing rows needs their memory.
+    used_columns = {"source_index", "line_number", "item_index", "opening_key"}
     table = table.drop_columns(sorted(used_columns & set(table.column_names)))
+    if task.kind_name != "prompts":
+        statistics["duplicates"] = _drop_repeated_rows(task, table, order, decisions)
+    del order
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)

@@ -17,6 +17,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -567,11 +568,16 @@ def redact_array(texts: pa.Array, kinds: Sequence[str]) -> tuple[pa.Array, Count
     candidate_mask = pc.match_substring_regex(texts, _PREFILTER_PATTERN)
     if not pc.any(candidate_mask).as_py():
         return texts, counts
+    # Rows of one conversation repeat its earlier messages: each text is scanned once.
+    candidates = texts.filter(candidate_mask).dictionary_encode()
+    occurrences = np.bincount(candidates.indices.to_numpy(), minlength=len(candidates.dictionary))
     redacted_texts = []
-    for text in texts.filter(candidate_mask).to_pylist():
+    for text, occurrence_count in zip(candidates.dictionary.to_pylist(), occurrences.tolist(), strict=True):
         redacted_text, text_counts = redact_text(text, kinds)
         redacted_texts.append(redacted_text)
-        counts += text_counts
+        for kind, match_count in text_counts.items():
+            counts[kind] += match_count * occurrence_count
     if not counts:
         return texts, counts
-    return pc.replace_with_mask(texts, candidate_mask, pa.array(redacted_texts, texts.type)), counts
+    redacted = pa.array(redacted_texts, texts.type).take(candidates.indices)
+    return pc.replace_with_mask(texts, candidate_mask, redacted), counts

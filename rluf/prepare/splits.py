@@ -314,11 +314,13 @@ def _hash_bands(shingles: Sequence[list[str]], band_count: int, permutations_per
     return band_hashes + np.arange(band_count, dtype=np.uint64)
 
 
-def group_near_duplicates(prompt_key: HashKeys, band_hashes: HashKeys) -> Ints:
-    """Group [N] of each row, from 0: rows with one prompt key or a common band hash [N, BAND_COUNT], transitively."""
+def group_near_duplicates(prompt_key: HashKeys, bands: Iterable[HashKeys]) -> Ints:
+    """Group [N] of each row, from 0: rows with one prompt key or a common hash in a band [N], transitively.
+
+    The bands are read one at a time: at ten million rows all eight would take 640 MB.
+    """
     _, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    bands = (band_hashes[first_rows, band] for band in range(band_hashes.shape[1]))
-    groups: Ints = group_by_bands(len(first_rows), bands)[unique_index]
+    groups: Ints = group_by_bands(len(first_rows), (band[first_rows] for band in bands))[unique_index]
     return groups
 
 

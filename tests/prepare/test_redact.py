@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
@@ -94,6 +95,21 @@ def test_false_positives_on_the_sample_log_are_rare() -> None:
         texts = [json.loads(line)["response"] for line in lines]
     _, counts = redact_array(pa.array(texts), KINDS)
     assert counts.total() <= 3  # a model invented an address and a hotline; nothing else looks like personal data
+
+
+def test_a_repeated_text_is_scanned_once_and_counted_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned_texts: list[str] = []
+
+    def record_text(text: str, kinds: Sequence[str]) -> tuple[str, Counter[str]]:
+        scanned_texts.append(text)
+        return redact_text(text, kinds)
+
+    monkeypatch.setattr("rluf.prepare.redact.redact_text", record_text)
+    texts = ["to a@b.example", None, "order 1234567", "hello", "to a@b.example", "order 1234567"]
+    redacted, counts = redact_array(pa.array(texts), KINDS)
+    assert redacted.to_pylist() == ["to <email>", None, "order 1234567", "hello", "to <email>", "order 1234567"]
+    assert counts == Counter(email=2)
+    assert scanned_texts == ["to a@b.example", "order 1234567"]
 
 
 def test_only_the_requested_kinds_are_redacted() -> None:

@@ -96,7 +96,7 @@ def test_strict_splits_share_nothing(
     keep_mask[np.flatnonzero(keep_mask)[late_mask | early_mask]] = False
     rows = np.flatnonzero(keep_mask)
     with_test_prompts = [*rows, *range(row_count, row_count + test_prompt_count)]
-    group = splits.group_near_duplicates(prompt_key[with_test_prompts], band_hashes[with_test_prompts])
+    group = splits.group_near_duplicates(prompt_key[with_test_prompts], band_hashes[with_test_prompts].T)
     test_groups = np.unique(group[len(rows) :])
     is_leak = splits.find_near_duplicate_leaks(
         group[: len(rows)], prompt_key[rows], split_code[rows], test_groups, 0.2, 0.3
@@ -120,7 +120,7 @@ def test_near_duplicates_are_detected() -> None:
     edited = [" ".join(word for index, word in enumerate(text.split()) if index != 20) for text in originals]
     others = [" ".join(rng.choices([f"{n}{word}" for word in WORDS], k=40)) for n in range(500)]
     texts = [*originals, *edited, *others]
-    group = splits.group_near_duplicates(np.arange(len(texts), dtype=np.uint64), splits.compute_band_hashes(texts))
+    group = splits.group_near_duplicates(np.arange(len(texts), dtype=np.uint64), splits.compute_band_hashes(texts).T)
     assert (group[:500] == group[500:1000]).mean() >= 0.95
     assert len(set(group[1000:])) == 500
     assert not set(group[:1000]) & set(group[1000:])
@@ -130,7 +130,7 @@ def test_near_duplicates_are_detected() -> None:
 def test_short_prompts_have_a_group(texts: list[str]) -> None:
     keys = np.array([hash64(text, "t") for text in texts], dtype=np.uint64)
     band_hashes = splits.compute_band_hashes(texts)
-    assert len(splits.group_near_duplicates(keys, band_hashes)) == len(texts)
+    assert len(splits.group_near_duplicates(keys, band_hashes.T)) == len(texts)
 
 
 def test_a_prompt_shared_by_all_goes_to_one_split_and_is_not_lost() -> None:
