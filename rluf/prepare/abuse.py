@@ -319,11 +319,10 @@ def _compute_newcomer_weight(log: AbuseLog) -> Floats:
     if other_rows < max(MIN_COMPARISON_ROWS, 0.1 * trials[~is_other].sum()):
         return np.ones(len(log.user_code))
     rate = (other_hits + 1) / (other_rows + 1)
-    by_row_count = _compute_group_weight(trials, trials, hits, np.where(is_other, 0.0, rate))
     row_day = log.time_us // DAY_US - log.time_us.min() // DAY_US
     first_day = np.full(len(trials), row_day.max())
     np.minimum.at(first_day, log.user_code, row_day)
-    # A day on which everybody loves more is no campaign: its rate is that of users who came before, where they are many.
+    # A day on which everybody loves more is no campaign: its rate is that of users who came before.
     is_earlier = first_day[log.user_code] < row_day
     day_rows, day_hits = (np.bincount(row_day, is_earlier * values) for values in (1.0, log.loved))
     day_rate = np.maximum(rate, (day_hits + MIN_DAY_ROWS * rate) / (day_rows + MIN_DAY_ROWS))
@@ -332,11 +331,13 @@ def _compute_newcomer_weight(log: AbuseLog) -> Floats:
     by_day = _compute_group_weight(
         first_day, trials, hits, np.where(is_arrival & is_crowd[first_day], day_rate[first_day], 0.0)
     )
+    # Users whom their day explains say nothing about those with as many rows.
+    by_row_count = _compute_group_weight(trials, trials, hits, np.where(is_other | (by_day < 0.5), 0.0, rate))
     return np.where(log.loved, np.minimum(by_row_count, by_day)[log.user_code], 1.0)
 
 
 def _compute_group_weight(group: Ints, trials: Ints, hits: Ints, rate: Floats) -> Floats:
-    """Weight [U] of users by the hearts of their group [U] in excess of the love rate [U] of others; 0: not compared."""
+    """Weight [U] of users by the hearts of their group [U] above the love rate [U] of others; 0: not compared."""
     is_compared = rate > 0
     loved = np.bincount(group, hits * is_compared)[group]
     expected = MAX_NEWCOMER_RATIO * np.bincount(group, trials * rate)[group]
