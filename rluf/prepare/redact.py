@@ -51,7 +51,12 @@ _NAMED_AT_PATTERN = re.compile(
     re.IGNORECASE,
 )
 _MAIL_WORD_PATTERN = re.compile(r"mail|reach|contact|write|address|correo|posta|kontakt|почт", re.IGNORECASE)
-"""One of these stands near an address with the plain word at, which is no sign of one by itself."""
+"""One of these stands near an address that is spelled out with the plain words at and dot."""
+_NAMED_BEFORE_PATTERN = re.compile(
+    r"(?:mail|correo|posta|почт)\w{0,8}(?: address)?(?: is| es| ist|:|：)\s{0,2}$", re.IGNORECASE
+)
+_NAMED_AFTER_PATTERN = re.compile(r" is my (?:e-?)?mail", re.IGNORECASE)
+"""What names an address with the plain word at, which is no sign of one by itself: contact us at example.com."""
 _DOTTED_LOCAL = (
     r"[A-Za-z0-9_-]{1,32}"
     r"(?: ?[)\]}>] ?(?:tod|tknup|otnup|otnop|tniop|акчот|\.) ?[(\[{<] ?[A-Za-z0-9_-]{1,32}){1,4}"
@@ -109,7 +114,7 @@ _PREFILTER_PATTERN = (
     r"|(?i:cvv|cvc|security code|segurança|seguridad|prüf|sicherheitsc|cryptogr|sécurité|sicurezza)"
     r"|(?i:key|token|secret|pass|pwd)"
     r"|(?i:kennwort|contrase|clave|senha|schl|geheimz|wachtw|hasło|şifre|parola|lösen|mật kh|kata sandi)"
-    r"|(?i:clé|chave|\bpin|\bpw)"
+    r"|(?i:clé|chave|(?:\b|_)p(?:in|w))"
     r"|(?i:authorization|webhooks|пароль|код безоп|ключ|токен|пин)"
     # Without width, full-width, of another script, or mathematical: what the forms above do not show.
     r"|[\x{AD}\x{200B}-\x{200D}\x{2060}\x{FEFF}\x{FF10}-\x{FF19}\x{FF20}-\x{FF3A}\x{FF41}-\x{FF5A}\x{1D400}-\x{1D7FF}]"
@@ -136,11 +141,14 @@ def _find_emails(text: str) -> Iterator[tuple[int, int]]:
     reversed_text = text[::-1]
     for pattern in (_AT_PATTERN, _SPELLED_AT_PATTERN, _NAMED_AT_PATTERN):
         for match in pattern.finditer(text):
-            if match.groupdict().get("at"):
-                surroundings = text[max(0, match.start() - _CONTEXT_CHARS) : match.end() + _CONTEXT_CHARS]
-                if not _MAIL_WORD_PATTERN.search(surroundings):
-                    continue
             local_part = _LOCAL_PATTERN.match(reversed_text, len(text) - match.start())
+            if local_part is not None and match.groupdict().get("at"):
+                start = match.start() - len(local_part[0])
+                before = text[max(0, start - _CONTEXT_CHARS) : start]
+                after = text[match.end() : match.end() + _CONTEXT_CHARS]
+                is_spelled_out = " dot " in match[0].lower() and _MAIL_WORD_PATTERN.search(before + after)
+                if not (is_spelled_out or _NAMED_BEFORE_PATTERN.search(before) or _NAMED_AFTER_PATTERN.match(after)):
+                    continue
             # git@host:path is the address of a repository.
             if local_part is not None and not (local_part[0] == "tig" and text[match.end() : match.end() + 1] == ":"):
                 yield match.start() - len(local_part[0]), match.end()

@@ -221,7 +221,9 @@ def test_written_forms_of_each_kind(kind: str, text: str) -> None:
     "2 000 000 000", "order number 1234567890", "row number: 2125551234", "注文番号 09012345678",
     "номер: заказ 89123456789", "IMEI 490154203237518", "section 1.2.3.4", "version : 1.2.3.4",
     "versione 2.3.4.5", "pkg==1.2.3.4", "hotkey: ctrl+shift+p", "PIN: 12", "passport: x",
-    "meet me at noon dot", "look at google dot com", "pass: 3 of 5 tests", "pass=True",
+    "meet me at noon dot",
+    "contact us at store.example for returns", "e-mail arrived at google.com servers",
+    "look at google dot com", "pass: 3 of 5 tests", "pass=True",
     "password: **required**", "dead::beef",
 ])  # fmt: skip
 def test_lookalikes_are_unchanged(text: str) -> None:
