@@ -43,7 +43,7 @@ MAX_NEWCOMER_RATIO = 2.0
 MAX_ARRIVAL_ROWS = 20
 """Rows up to which users who arrive on one day are compared with others."""
 MIN_DAY_ROWS = 50
-"""Rows of a day by which its love rate is drawn to that of all days."""
+"""Rows at the love rate of all days that are added to those of a day, so that a few rows say little."""
 MIN_COMPARISON_ROWS = 200
 """Rows of users who are not newcomers that a comparison needs."""
 
@@ -324,7 +324,7 @@ def _compute_newcomer_weight(log: AbuseLog) -> Floats:
     np.minimum.at(first_day, log.user_code, row_day)
     # A day on which everybody loves more is no campaign: its rate is that of users who came before.
     is_earlier = first_day[log.user_code] < row_day
-    day_rows, day_hits = (np.bincount(row_day, is_earlier * values) for values in (1.0, log.loved))
+    day_rows, day_hits = np.bincount(row_day, is_earlier), np.bincount(row_day, is_earlier & log.loved)
     day_rate = np.maximum(rate, (day_hits + MIN_DAY_ROWS * rate) / (day_rows + MIN_DAY_ROWS))
     is_arrival = trials <= MAX_ARRIVAL_ROWS
     is_crowd = np.bincount(first_day, is_arrival) >= MIN_CROWD_USERS
