@@ -40,6 +40,10 @@ MAX_NEWCOMER_ROWS = 5
 """Rows up to which a user is a newcomer: throw-away accounts have no more."""
 MAX_NEWCOMER_RATIO = 2.0
 """Love rate of newcomers in multiples of that of the other users, above which it is excessive."""
+MAX_ARRIVAL_ROWS = 20
+"""Rows up to which users who arrive on one day are compared with others."""
+MIN_DAY_ROWS = 50
+"""Rows at the love rate of all days that are added to those of a day, so that a few rows say little."""
 MIN_COMPARISON_ROWS = 200
 """Rows of users who are not newcomers that a comparison needs."""
 
@@ -51,6 +55,7 @@ TASTE_MODEL_ROWS = 20_000
 """Most rows of either label, of other users, from which the taste is estimated."""
 
 MINUTE_US = 60_000_000
+DAY_US = 86_400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,21 +308,42 @@ def _compute_shared_device_weight(log: AbuseLog) -> Floats:
 
 
 def _compute_newcomer_weight(log: AbuseLog) -> Floats:
-    """Loved rows of users with few rows, where those with as many rows together love far more often than the others."""
+    """Loved rows of users with few rows, where those with as many rows, or of one day, love far more often than others.
+
+    Throw-away accounts have few rows each; those of one campaign often arrive together, on one day.
+    """
     trials, hits = _count_user_rows(log)
-    is_other, weight_by_rows = trials > MAX_NEWCOMER_ROWS, np.ones(MAX_NEWCOMER_ROWS + 2)
+    is_other = trials > MAX_NEWCOMER_ROWS
     other_rows, other_hits = int(trials[is_other].sum()), int(hits[is_other].sum())
     # A log in which hardly anybody returns has no users to compare with.
     if other_rows < max(MIN_COMPARISON_ROWS, 0.1 * trials[~is_other].sum()):
         return np.ones(len(log.user_code))
-    for row_count in range(1, MAX_NEWCOMER_ROWS + 1):
-        is_newcomer = trials == row_count
-        rows, loved_rows = int(trials[is_newcomer].sum()), int(hits[is_newcomer].sum())
-        expected = MAX_NEWCOMER_RATIO * rows * (other_hits + 1) / (other_rows + 1)
-        if loved_rows > expected + 4 * np.sqrt(expected):
-            weight_by_rows[row_count] = expected / loved_rows
-    user_weight = weight_by_rows[np.minimum(trials, MAX_NEWCOMER_ROWS + 1)]
-    return np.where(log.loved, user_weight[log.user_code], 1.0)
+    rate = (other_hits + 1) / (other_rows + 1)
+    row_day = log.time_us // DAY_US - log.time_us.min() // DAY_US
+    first_day = np.full(len(trials), row_day.max())
+    np.minimum.at(first_day, log.user_code, row_day)
+    # A day on which everybody loves more is no campaign: its rate is that of users who came before.
+    is_earlier = first_day[log.user_code] < row_day
+    day_rows, day_hits = np.bincount(row_day, is_earlier), np.bincount(row_day, is_earlier & log.loved)
+    day_rate = np.maximum(rate, (day_hits + MIN_DAY_ROWS * rate) / (day_rows + MIN_DAY_ROWS))
+    is_arrival = trials <= MAX_ARRIVAL_ROWS
+    is_crowd = np.bincount(first_day, is_arrival) >= MIN_CROWD_USERS
+    by_day = _compute_group_weight(
+        first_day, trials, hits, np.where(is_arrival & is_crowd[first_day], day_rate[first_day], 0.0)
+    )
+    # Users whom their day explains say nothing about those with as many rows.
+    by_row_count = _compute_group_weight(trials, trials, hits, np.where(is_other | (by_day < 0.5), 0.0, rate))
+    return np.where(log.loved, np.minimum(by_row_count, by_day)[log.user_code], 1.0)
+
+
+def _compute_group_weight(group: Ints, trials: Ints, hits: Ints, rate: Floats) -> Floats:
+    """Weight [U] of users by the hearts of their group [U] above the love rate [U] of others; 0: not compared."""
+    is_compared = rate > 0
+    loved = np.bincount(group, hits * is_compared)[group]
+    expected = MAX_NEWCOMER_RATIO * np.bincount(group, trials * rate)[group]
+    is_excessive = is_compared & (loved > expected + 4 * np.sqrt(expected))
+    weight: Floats = np.where(is_excessive, expected / np.maximum(loved, 1.0), 1.0)
+    return weight
 
 
 def _compute_taste_weight(log: AbuseLog) -> Floats:

@@ -20,7 +20,7 @@ from rluf.errors import DataError
 from rluf.prepare.card_page import write_card_page
 from rluf.prepare.workspace import CARD_FILE_NAME, write_table
 from rluf.utils.files import replace_folder
-from rluf.utils.hashing import list_user_id_forms, strip_user_id_tag
+from rluf.utils.hashing import hash_user_id, is_hashed_user_id, list_user_id_forms, read_user_salt, strip_user_id_tag
 
 ERASURE_REASON = "user asked to be forgotten"
 
@@ -85,9 +85,14 @@ def _list_row_ids(table: pa.Table, id_forms: Sequence[str]) -> list[set[str]]:
     for name in {*USER_COLUMNS, "id", "group"}.intersection(table.column_names):
         for index in np.flatnonzero(pc.is_in(table[name], known_ids).to_numpy()).tolist():
             row_ids[index].add(table[name][index].as_py())
+    hashed_forms, salt = {form for form in id_forms if is_hashed_user_id(form)}, read_user_salt()
     for name in {"raw", "extra_fields"}.intersection(table.column_names):
         for index, raw in enumerate(table[name].cast(pa.binary()).to_pylist()):
             row_ids[index] |= find_named_ids(raw or b"", id_forms)
+            if hashed_forms and salt is not None:
+                # These rows are not hashed: a user who is given by the hashed id stands in them with the raw one.
+                hashed_words = {hash_user_id(word, salt) for word in _list_possible_ids(raw or b"")}
+                row_ids[index] |= hashed_words & hashed_forms
     return row_ids
 
 
@@ -111,11 +116,18 @@ _JSON_ESCAPE = re.compile(
 _JSON_LITERAL = re.compile(r'"((?:[^"\\]|\\.)*+)(?:"|\Z|\\)')
 """A JSON string, which may be cut off: otherwise a search from each of its quotes would read the rest of the text."""
 
+_CSV_CELL = re.compile(r'"((?:[^"\n]|"")*+)"')
+
 
 def _decode_with_escapes(raw: bytes) -> str:
-    """Text of a raw row; where it has JSON's escapes also once more with them resolved."""
+    """Text of a raw row; where it has JSON's escapes, or the doubled quotes of a CSV, also with them resolved."""
     text = raw.decode("utf-8", "replace")
-    return text + "\n" + _JSON_ESCAPE.sub(_resolve_escape, text) if "\\" in text else text
+    forms = [text]
+    if "\\" in text:
+        forms.append(_JSON_ESCAPE.sub(_resolve_escape, text))
+    if '""' in text:
+        forms.append(text.replace('""', '"'))
+    return "\n".join(forms)
 
 
 def _resolve_escape(match: re.Match[str]) -> str:
@@ -183,7 +195,13 @@ def match_erased_users(user_ids: Sequence[str], erasure_marks: Sequence[str]) ->
 
 def is_row_of_erased_user(raw: bytes, erasure_marks: Set[str], hash_user: Callable[[str], str]) -> bool:
     """Whether the raw bytes of a row name an erased user: as a JSON value, a cell or a word, raw or hashed."""
+    words = _list_possible_ids(raw)
+    return any(compute_erasure_mark(form) in erasure_marks for word in words for form in (word, hash_user(word)))
+
+
+def _list_possible_ids(raw: bytes) -> set[str]:
+    """JSON values, cells and words of the raw bytes of a row: one of them is the id that the row names."""
     text = _decode_with_escapes(raw)
     words = {word for pattern in (r'[^"\n]+', r"[^\s\",;{}\[\]]+", r"[\w-]+") for word in re.findall(pattern, text)}
-    words |= {_JSON_ESCAPE.sub(_resolve_escape, literal) for literal in _JSON_LITERAL.findall(text)}
-    return any(compute_erasure_mark(form) in erasure_marks for word in words for form in (word, hash_user(word)))
+    words |= {cell.replace('""', '"') for cell in _CSV_CELL.findall(text)}
+    return words | {_JSON_ESCAPE.sub(_resolve_escape, literal) for literal in _JSON_LITERAL.findall(text)}

@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rluf.prepare.redact_keys import COMBINING_MARKS, find_keys
+
 MAX_CHECKED = 400
 """Candidates of a kind that are checked in a text; further ones count without a check. So a hostile text costs little,
 and hides nothing."""
@@ -28,70 +30,99 @@ and hides nothing."""
 _LOCAL_CHARS = r"A-Za-z0-9.!#$%&'*+/=?^_`{|}~\-À-ÖØ-öø-ɏΑ-ωЀ-ӿ"
 # A pattern that starts with a character class and looks behind after it is found several times faster than one that
 # looks behind first.
-# Vowels of Devanagari, Thai and Arabic are signs above or below a letter; Python does not count these as \w.
-_MARKS = r"\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u064b-\u0652"
-_DOMAIN = (
-    rf"(?!\d+\.\d)(?:(?![-_.])[^\W_](?:[\w{_MARKS}-]{{0,62}})\.){{1,8}}"
-    r"(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}(?![A-Za-z0-9_])|公司|网络|網絡|中国|中國|香港|台灣|рф|укр|한국|भारत|ไทย|مصر|السعودية)"
+_INTERNATIONAL_ENDS = (
+    "公司|网络|網絡|网址|在线|中国|中國|香港|台灣|台湾|新加坡|みんな|コム|рф|бел|срб|қаз|укр|онлайн|сайт|한국|भारत|ไทย|ελ|ευ|ישראל|"
+    "مصر|السعودية|امارات|الاردن|المغرب|قطر|تونس"
 )
-_AT_PATTERN = re.compile("@" + _DOMAIN)
+_DOMAIN = (
+    rf"(?!\d+\.\d)(?:(?![-_.])[^\W_](?:[\w{COMBINING_MARKS}-]{{0,62}})\.){{1,8}}"
+    rf"(?:xn--[A-Za-z0-9-]{{2,59}}|[A-Za-z]{{2,24}}(?![A-Za-z0-9_])|{_INTERNATIONAL_ENDS})"
+)
+_AT_PATTERN = re.compile("(?:@|%40|&#64;)" + _DOMAIN)
 _SPELLED_AT_PATTERN = re.compile(
-    r"[(\[{] ?(?:at|@|arroba) ?[)\]}] ?"
-    r"(?:[A-Za-z0-9-]{1,63} ?(?:\.|[(\[{] ?(?:dot|punkt|punto|ponto|point|\.) ?[)\]}]) ?){1,6}"
+    r"[(\[{<] ?(?:at|ät|@|arroba|arobase|chiocciola|собака) ?[)\]}>] ?"
+    r"(?:[A-Za-z0-9-]{1,63} ?(?:\.|[(\[{<] ?(?:dot|punkt|punto|ponto|point|точка|\.) ?[)\]}>]) ?){1,6}"
     r"[A-Za-z]{2,24}(?![A-Za-z0-9_])",
     re.IGNORECASE,
 )
 _NAMED_AT_PATTERN = re.compile(
-    r"(?<=[A-Za-z0-9_]) arroba (?:[A-Za-z0-9-]{1,63} (?:dot|punkt|punto|ponto|point) ){1,3}"
+    r"(?<=[A-Za-z0-9_]) (?:(?P<at>at|@)|arroba|arobase|chiocciola|klammeraffe) "
+    r"(?:[A-Za-z0-9-]{1,63}(?: (?:dot|punkt|punto|ponto|point) |\.)){1,3}"
     r"[A-Za-z]{2,24}(?![A-Za-z0-9_])",
     re.IGNORECASE,
 )
-_DOTTED_LOCAL = r"[A-Za-z0-9_-]{1,32}(?: ?[)\]}] ?(?:tod|tknup|otnup|otnop|tniop|\.) ?[(\[{] ?[A-Za-z0-9_-]{1,32}){1,4}"
+_MAIL_WORD_PATTERN = re.compile(r"mail|reach|contact|write|address|correo|posta|kontakt|почт", re.IGNORECASE)
+"""One of these stands near an address that is spelled out with the plain words at and dot."""
+_NAMED_BEFORE_PATTERN = re.compile(
+    r"(?:mail|correo|posta|почт)\w{0,8}(?: address)?(?: is| es| ist|:|：)\s{0,2}$", re.IGNORECASE
+)
+_NAMED_AFTER_PATTERN = re.compile(r" is my (?:e-?)?mail", re.IGNORECASE)
+"""What names an address with the plain word at, which is no sign of one by itself: contact us at example.com."""
+_DOTTED_LOCAL = (
+    r"[A-Za-z0-9_-]{1,32}"
+    r"(?: ?[)\]}>] ?(?:tod|tknup|otnup|otnop|tniop|акчот|\.) ?[(\[{<] ?[A-Za-z0-9_-]{1,32}){1,4}"
+)
 _LOCAL_PATTERN = re.compile(
-    rf" ?(?:{_DOTTED_LOCAL}|[{_LOCAL_CHARS}]{{1,64}}|\"[^\"\s@]{{1,62}}\"|(?:[{_MARKS}]{{0,2}}[^\W\d_]){{1,16}})",
+    rf" ?(?:{_DOTTED_LOCAL}|[{_LOCAL_CHARS}]{{1,64}}|\"[^\"\n@]{{1,62}}\""
+    rf"|(?:[{COMBINING_MARKS}]{{0,2}}[^\W\d_]){{1,16}})",
     re.IGNORECASE,
 )
 """The part of an address before the sign @, read backwards: in Latin, Greek or Cyrillic, in quotes, or a word of
 another script."""
 _CARD_PATTERN = re.compile(
-    r"[2-6](?<![A-Za-z0-9_.-].)(?:\d{3}([./])\d{4}\1\d{4}\1\d{4}|(?:[ -]{0,2}\d){12,18})(?![A-Za-z0-9_]|-\d)", re.ASCII
+    r"[2-6](?<![A-Za-z0-9_.+-].)(?:\d{3}([./])\d{4}\1\d{4}\1\d{4}|(?:[ -]{0,3}\d){12,18})(?![A-Za-z0-9_]|-\d)", re.ASCII
 )
+_CARD_LENGTH_PATTERN = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|5\d{15}|5[06-8]\d{10,17}|6\d{12,18}|3[47]\d{13}|3[0689]\d{12}|3\d{15,18}"
+    r"|(?:220[0-4]|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12,15}",
+    re.ASCII,
+)
+"""Beginnings of the numbers of card networks, with the lengths that each has."""
 _CARD_CODE_WORDS = (
     "cvv", "cvc", "security code", "安全码", "安全碼", "セキュリティコード", "보안코드", "보안 코드",
     "código de segurança", "código de seguridad", "prüfnummer", "prüfziffer", "sicherheitscode", "รหัสความปลอดภัย",
     "รหัส cvv", "رمز الأمان",
     "رمز الحماية", "सुरक्षा कोड", "код безопасности", "cryptogramme",
+    "code de sécurité", "codice di sicurezza",
 )  # fmt: skip
 _CARD_CODE_PATTERN = re.compile(
-    rf"(?<![A-Za-z])(?:cvv2|cvc2|{'|'.join(_CARD_CODE_WORDS)})[ :：=#-]{{0,3}}"
-    r"(?:(?:is|ist|es|é|est|lautet|هو) |は |は|是|는 |는|은 |은|คือ ?)?(\d{3,4})(?!\d)",
+    rf"(?<![A-Za-z])(?:cvv2|cvc2|{'|'.join(_CARD_CODE_WORDS)})(?: ?(?:code|number|码|碼|コード|코드))?[\"'*\\]{{0,3}}"
+    r"[ :：=#-]{0,3}(?:(?:is|ist|es|é|è|est|lautet|هو) |は |は|是|는 |는|은 |은|คือ ?)?[\"'*(\\]{0,3}(\d{3,4})(?!\d)",
     re.IGNORECASE,
 )
 _IBAN_PATTERN = re.compile(
-    r"[A-Za-z](?:(?<![A-Za-z0-9].)|(?<=[Ii][Bb][Aa][Nn].))[A-Za-z]\d{2}(?:[ .-]?[A-Za-z0-9]){11,30}", re.ASCII
+    r"[A-Za-z](?:(?<![A-Za-z0-9].)|(?<=[Ii][Bb][Aa][Nn].))[A-Za-z] ?\d{2}(?:[ ./-]?[A-Za-z0-9]){11,30}", re.ASCII
 )
 _IPV4_PATTERN = re.compile(
-    r"\d(?:(?<![A-Za-z0-9_.-].)|(?<=[Ii][Pp].))\d{0,2}(?:\.\d{1,3}){3}(?![A-Za-z0-9_]|\.\d|-\d)", re.ASCII
+    r"\d(?:(?<![A-Za-z0-9_.-].)|(?<=[Ii][Pp].)|(?<=\.\d-.)|(?<=\.\d\d-.)|(?<=\.\d{3}-.))\d{0,2}(?:\.\d{1,3}){3}"
+    r"(?![A-Za-z0-9_]|\.\d|-(?!\d+\.\d+\.\d)\d)",
+    re.ASCII,
 )
 _IPV6_PATTERN = re.compile(
     r"(?<![A-Za-z0-9_.])(?<![0-9A-Fa-f:]:)(?:[0-9A-Fa-f]{1,4}|(?=::))(?::[0-9A-Fa-f]{0,4}){2,7}(?:\d{0,3}(?:\.\d{1,3}){3})?(?![A-Za-z0-9_:])"
 )
 _VERSION_CONTEXT_PATTERN = re.compile(
-    r"(?:\bv|version|\bver\.?|release|build|firmware|driver|版本|バージョン|버전|เวอร์ชัน|รุ่น|версия|versión|versão|إصدار|الإصدار|संस्करण)"
-    r"[ :=]{0,2}(?:is |of |на )?$", re.IGNORECASE
+    r"(?:\bv|vers[iíã]\w*|wersja|sürüm|\bver\.?|release|build|firmware|driver|section|chapter|kapitel|§|[=~><]=|版本"
+    r"|バージョン|버전|เวอร์ชัน|รุ่น|версия|إصدار|الإصدار|संस्करण)[ :=]{0,3}(?:is |of |на )?$", re.IGNORECASE
 )  # fmt: skip
 _PREFILTER_PATTERN = (
-    r"@|[(\[{] ?(?:at|AT|At|arroba) ?[)\]}]|\d(?:[ ().\-/]{0,2}\d){6}|[A-Za-z]{2}\d{2}[ -]?[A-Za-z0-9]{2}"
+    r"@|%40|&#64;|[(\[{<] ?(?i:at|ät|arroba|arobase|chiocciola|собака) ?[)\]}>]"
+    r"|\d(?:[ ().\-/]{0,3}\d){6}|[A-Za-z]{2} ?\d{2}[ ./-]?[A-Za-z0-9]{2}"
     r"|\d\.\d{1,3}\.\d{1,3}\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:|[A-Za-z0-9_\-/+=.]{16}|PRIVATE KEY|://|[A-Z]{5}\d|[A-Z]{6}"
-    r"|[A-Z]-?\d{6}|(?i: arroba )|[([{] ?(?:punkt|ponto|punto|dot|point) ?[)\]}]"
-    r"|(?i:cvv|cvc|security code|segurança|seguridad|prüf|sicherheitsc|cryptogr|key|token|secret|pass|pwd|kennwort)"
-    r"|(?i:contrase|clave|senha|schl)"
+    r"|[A-Z]-?\d{6}|[([{<] ?(?i:punkt|ponto|punto|dot|point|точка) ?[)\]}>]"
+    r"|(?i: (?:at|arroba|arobase|chiocciola|klammeraffe) "
+    r"(?:[a-z0-9-]{1,63}(?: (?:dot|punkt|punto|ponto|point) |\.)){1,3}[a-z]{2})"
+    r"|(?i:cvv|cvc|security code|segurança|seguridad|prüf|sicherheitsc|cryptogr|sécurité|sicurezza)"
+    r"|(?i:key|token|secret|pass|pwd)"
+    r"|(?i:kennwort|contrase|clave|senha|schl|geheimz|wachtw|hasło|şifre|parola|lösen|mật kh|kata sandi)"
+    r"|(?i:clé|chave|(?:\b|_)p(?:in|w))"
+    r"|(?i:authorization|webhooks|пароль|код безоп|ключ|токен|пин)"
     # Without width, full-width, of another script, or mathematical: what the forms above do not show.
     r"|[\x{AD}\x{200B}-\x{200D}\x{2060}\x{FEFF}\x{FF10}-\x{FF19}\x{FF20}-\x{FF3A}\x{FF41}-\x{FF5A}\x{1D400}-\x{1D7FF}]"
     r"|[\x{660}-\x{669}\x{6F0}-\x{6F9}\x{966}-\x{96F}\x{9E6}-\x{9EF}\x{E50}-\x{E59}]|\d[\x{A0}\x{2000}-\x{2015}\x{202F}\x{2212}\x{3000}]\d"
-    r"|пароль|код безоп|密码|密碼|口令|安全码|安全碼|パスワード|暗証番号|セキュリティコード"
-    r"|비밀번호|비번|패스워드|암호|보안|รหัส|พาสเวิร์ด"
-    r"|पासवर्ड|सुरक्षा|كلمة|كلمه|الرقم السري|باسورد|رمز"
+    r"|密码|密碼|口令|安全码|安全碼|密钥|密鑰|秘钥|令牌|パスワード|パスは|パスが|暗証番号|セキュリティコード|キー|トークン"
+    r"|비밀번호|비번|패스워드|암호|보안|키|토큰|รหัส|พาสเวิร์ด|คีย์|โทเค็น"
+    r"|पासवर्ड|सुरक्षा|कुंजी|टोकन|كلمة|كلمه|السري|باسو|رمز|مفتاح|סיסמ"
 )
 """Matches every text that any finder could match. It must stay a superset of the patterns above: a text that it misses
 is never scanned. RE2 (in Arrow) runs it over whole columns, so it uses no look-around."""
@@ -112,6 +143,13 @@ def _find_emails(text: str) -> Iterator[tuple[int, int]]:
     for pattern in (_AT_PATTERN, _SPELLED_AT_PATTERN, _NAMED_AT_PATTERN):
         for match in pattern.finditer(text):
             local_part = _LOCAL_PATTERN.match(reversed_text, len(text) - match.start())
+            if local_part is not None and match.groupdict().get("at"):
+                start = match.start() - len(local_part[0])
+                before = text[max(0, start - _CONTEXT_CHARS) : start]
+                after = text[match.end() : match.end() + _CONTEXT_CHARS]
+                is_spelled_out = " dot " in match[0].lower() and _MAIL_WORD_PATTERN.search(before + after)
+                if not (is_spelled_out or _NAMED_BEFORE_PATTERN.search(before) or _NAMED_AFTER_PATTERN.match(after)):
+                    continue
             # git@host:path is the address of a repository.
             if local_part is not None and not (local_part[0] == "tig" and text[match.end() : match.end() + 1] == ":"):
                 yield match.start() - len(local_part[0]), match.end()
@@ -121,10 +159,10 @@ def _find_card_end(match: re.Match[str]) -> int | None:
     from stdnum import luhn
 
     number = re.sub(r"\D", "", match[0])
-    # Cards begin with 2 to 6; one repeated digit passes Luhn's check but is a placeholder.
-    # With 2 those of Mir and Mastercard do; other numbers are mostly times, as in order numbers: 20240131...
-    is_issued = number[0] in "3456" or "2200" <= number[:4] <= "2204" or "2221" <= number[:4] <= "2720"
-    is_card = is_issued and len(set(number)) > 1 and luhn.is_valid(number)
+    # One repeated digit passes Luhn's check but is a placeholder. Other numbers that begin with 2 are mostly times, as
+    # in order numbers: 20240131... Those of 15 digits are mostly serial numbers of phones, which pass the check too.
+    is_issued = _CARD_LENGTH_PATTERN.fullmatch(number)
+    is_card = is_issued is not None and len(set(number)) > 1 and luhn.is_valid(number)
     return match.end() if is_card else None
 
 
@@ -143,7 +181,8 @@ def _find_iban_end(match: re.Match[str]) -> int | None:
         if match.string[end : end + 1].isalnum() and match.string[end].isascii():
             continue
         candidate = match.string[match.start() : end]
-        if candidate[-1] not in " .-" and iban.is_valid(candidate):
+        # Check digits and length are enough: lists of banks and branches are never complete.
+        if candidate[-1] not in " ./-" and iban.is_valid(candidate.replace("/", ""), check_country=False):
             return end
     return None
 
@@ -161,7 +200,9 @@ def _find_ip_end(match: re.Match[str]) -> int | None:
         return None
     # Short IPv6 forms such as a::b are mostly code (C++ scopes) and times; four numbers may be a version.
     if address.version == 6:
-        return match.end() if match[0].count(":") > 2 else None
+        first_group = match[0].partition(":")[0]
+        is_routed = len(first_group) == 4 and not first_group.isalpha()
+        return match.end() if match[0].count(":") > 2 or is_routed else None
     context = match.string[max(0, match.start() - 16) : match.start()]
     return None if _VERSION_CONTEXT_PATTERN.search(context) else match.end()
 
@@ -172,137 +213,42 @@ def _find_ip_addresses(text: str) -> Iterator[tuple[int, int]]:
             yield from _check_matches(pattern.finditer(text), _find_ip_end)
 
 
-_DETECTORS = (
-    "AWSKeyDetector", "AzureStorageKeyDetector", "DiscordBotTokenDetector", "GitHubTokenDetector",
-    "GitLabTokenDetector", "MailchimpDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
-    "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
-)  # fmt: skip
-"""Classes of detect-secrets that know a format; those that judge by entropy or key words are left out."""
-
-_EXTRA_FORMATS = (
-    r"github_pat_[A-Za-z0-9_]{60,120}",
-    r"sk-(?:proj-|ant-|svcacct-|admin-|or-)?(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{20,250}",  # OpenAI, Anthropic
-    r"AIza[0-9A-Za-z_-]{35}", r"ya29\.[0-9A-Za-z_-]{20,400}", r"GOCSPX-[0-9A-Za-z_-]{20,40}",  # Google
-    r"hf_[A-Za-z0-9]{30,60}", r"gsk_[A-Za-z0-9]{40,80}", r"xai-[A-Za-z0-9]{40,100}", r"r8_[A-Za-z0-9]{30,50}",
-    r"pplx-[A-Za-z0-9]{30,80}", r"nvapi-[A-Za-z0-9_-]{40,100}",  # and others by prefix
-    r"npm_[A-Za-z0-9]{36}", r"rubygems_[0-9a-f]{48}", r"(?:sk|rk|pk)_(?:live|test)_[0-9A-Za-z]{16,120}",
-    r"whsec_[A-Za-z0-9+/=]{24,80}", r"shp(?:at|ca|pa|ss)_[0-9A-Fa-f]{32}", r"do[opr]_v1_[0-9a-f]{64}",
-    r"key-[0-9a-f]{32}", r"dapi[0-9a-f]{32}", r"hvs\.[A-Za-z0-9_-]{24,120}", r"ATATT3[A-Za-z0-9_=-]{50,250}",
-    r"xapp-\d-[A-Z0-9]{8,20}-\d{8,20}-[0-9a-f]{32,80}", r"lin_api_[A-Za-z0-9]{32,60}", r"ntn_[A-Za-z0-9]{40,60}",
-    r"eyJ[A-Za-z0-9_=-]{8,2000}\.eyJ[A-Za-z0-9_=-]{4,8000}(?:\.[A-Za-z0-9_=-]{0,2000})?",  # JSON Web Tokens
-)  # fmt: skip
-
-_PRIVATE_KEY_PATTERN = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
-    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)"
-)
-_URL_PASSWORD_PATTERN = re.compile(r"://[^\s:/?#@\[\]]{0,128}:([^\s/?#@\[\]]{1,128})@")
-_SLACK_HOOK_PATTERN = re.compile(r"hooks\.slack\.com/services/([A-Za-z0-9_/]{20,120})")
-
-_PASSWORD_WORDS = (
-    "password", "passwd", "passphrase", "passcode", "pwd", "passwort", "kennwort", "contraseña", "clave",
-    "mot de passe", "senha", "palavra-passe", "palavra passe", "schlüssel", "пароль", "密码", "密碼", "口令",
-    "パスワード", "パスは", "パスが", "暗証番号", "비밀번호", "비번", "패스워드", "암호", "รหัสผ่าน", "พาสเวิร์ด", "पासवर्ड",
-    "كلمة المرور", "كلمة السر", "كلمه السر", "الرقم السري", "باسورد",
-)  # fmt: skip
-_KEY_WORDS = ("key", "token", "secret", *_PASSWORD_WORDS)
-_IS = r"(?:=>|:=|=|:|：|(?:is|ist|lautet|es|est|é)(?![A-Za-z])| - |是|为|為|は|は、|が|는|은|คือ|هي|هو|है)"
-_CLOSING = r"(?:_id)?[\"'`\])]{0,2}\s{0,2}"
-_ASSIGNMENT_PATTERN = re.compile(
-    rf"(?:key|token|secret){_CLOSING}{_IS}\s{{0,3}}[\"'`「]?([A-Za-z0-9!#$%&*+,./:;=?@^_~|-]{{6,512}})",
-    re.IGNORECASE,
-)
-_PASSWORD_PATTERN = re.compile(
-    rf"({'|'.join(_PASSWORD_WORDS)}){_CLOSING}(?:({_IS})|([ \w]{{0,24}} {_IS}))?"
-    rf"\s{{0,3}}[\"'`「]?([a-z0-9!#$%&*+,./:;=?@^_~|-]{{4,512}})"
-)
-"""After these words a value counts without a sign between, and one of digits after an ASCII word only with a sign. Up
-to 24 characters may come before the sign: the password of the guest network is ... It matches text in lower case, which
-takes half the time of one that ignores case."""
-_BEARER_PATTERN = re.compile(r"bearer[ :：]{1,3}([A-Za-z0-9._~+/=-]{16,4000})", re.IGNORECASE)
-
-
-@cache
-def _load_format_pattern() -> re.Pattern[str]:
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-
-    detector_by_name = {detector.__name__: detector for detector in get_mapping_from_secret_type_to_class().values()}
-    formats = list(_EXTRA_FORMATS)
-    for pattern in (pattern for name in _DETECTORS for pattern in detector_by_name[name].denylist):
-        # Two formats do not start with a token: the hook of Slack, and "aws ... key", which is quadratic.
-        if not pattern.pattern.startswith(("aws", "https:")):
-            formats.append(f"(?i:{pattern.pattern})" if pattern.flags & re.IGNORECASE else pattern.pattern)
-    # Without re.ASCII a letter of Chinese or Thai after a key would count as part of it.
-    return re.compile(rf"(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_.=-]{{8}})(?:{'|'.join(formats)})", re.ASCII)
-
-
-def _is_random_value(value: str) -> bool:
-    """Whether a value after a key word is more than a word: letters with digits or signs, or long and of mixed case."""
-    if "://" in value or not any(char.isalpha() for char in value):
-        return False
-    is_long = len(value) >= 20 and not value.islower() and not value.isupper()
-    return is_long or any(char.isdecimal() or char in "!#$%&*+=?@^~" for char in value)
-
-
-def _is_password(value: str, *, has_sign: bool) -> bool:
-    """Whether a value after a word for a password is one: a random value, digits after a sign, or both in one word."""
-    if value.isdecimal():
-        return has_sign
-    is_mixed = any(map(str.isdecimal, value)) and any(map(str.isalpha, value))
-    return _is_random_value(value) if has_sign else is_mixed and len(value) >= 6 and "-" not in value
-
-
-def _find_keys(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of secrets; of an assignment, an authorization header or a URL only the secret itself."""
-    if "PRIVATE KEY" in text:
-        yield from (match.span() for match in _PRIVATE_KEY_PATTERN.finditer(text))
-    yield from (match.span() for match in _load_format_pattern().finditer(text))
-    for pattern, literal in ((_URL_PASSWORD_PATTERN, "://"), (_SLACK_HOOK_PATTERN, "hooks.slack")):
-        if literal in text:
-            yield from (match.span(1) for match in pattern.finditer(text))
-    lower_text = text.lower()
-    if "bearer" in lower_text:
-        yield from (match.span(1) for match in _BEARER_PATTERN.finditer(text))
-    if any(word in lower_text for word in _KEY_WORDS):
-        for match in _ASSIGNMENT_PATTERN.finditer(text):
-            value = match[1].rstrip(".,;:!?")
-            if _is_random_value(value):
-                yield match.start(1), match.start(1) + len(value)
-        if len(lower_text) != len(text):  # one letter became two, as in Turkish
-            lower_text = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
-        for match in _PASSWORD_PATTERN.finditer(lower_text):
-            value = text[match.start(4) : match.end(4)].rstrip(".,;:?")
-            has_sign = match[2] is not None or (value.isdecimal() and not match[1].isascii() and match[3] is None)
-            if len(value) >= 4 and _is_password(value, has_sign=has_sign):
-                yield match.start(4), match.start(4) + len(value)
-
-
 _PHONE_PATTERN = re.compile(
     r"[+(\d](?<![A-Za-z0-9_+-].)(?<![\d.]\..)(?:(?<=\+) ?\(?\d|(?<=\()\d|(?<=\d))"
     r"(?:[ ().\-/]{0,2}\d){6,18}(?!-?[A-Za-z0-9_])",
     re.ASCII,
 )
 _PHONE_CONTEXT_PATTERN = re.compile(
-    r"(?:(?<![a-z])(?:call|(?:tele)?phone|tel|text|whatsapp|mobile?|cell|fax|number|dial|ring|sms|contact|reach|anruf\w*"
+    r"(?:(?<![a-z])(?:call|(?:tele|cell|mobile)?phone(?:number)?|tel|text|whatsapp|mobile?|cell|fax|number|dial|ring|sms|contact|reach|anruf\w*"
     r"|telefon\w*|handy\w*|rufnummer|nummer|erreich\w*|m[oó]vil|telem[oó]vel|celular|llam\w*|n[uú]mero|t[eé]l[eé]?phone|t[eé]l"
-    r"|f[ao]ne|whats|zap|contac?to|portable|appel\w*|num[eé]ro|joindre|ligue|ligar|cellulare|chiam\w*)(?![a-z])|тел|номер|звон|моб|电话|電話|手机"
-    r"|手機|号码|號碼|联系|聯繫|打|微信|携帯|番号|連絡|전화|휴대폰|연락|번호|핸드폰|โทร|เบอร์|ติดต่อ|फ़?ोन|मोबाइल|नंबर|कॉल|هاتف|جوال|رقم|اتصل|الاتصال)"
+    r"|f[ao]ne|whats|zap|contac?to|portable|appel\w*|num[eé]ro|joindre|ligue|ligar|cellulare|chiam\w*|cep|zadzwo\w*|numer|bel|gsm|mobiel)(?![a-z])|тел|номер|звон|моб|电话|電話|手机"
+    r"|手機|号码|號碼|联系|聯繫|打|微信|携帯|番号|連絡|전화|휴대폰|연락|번호|핸드폰|โทร|เบอร์|ติดต่อ|फ़?ोन|मोबाइल|नंबर|कॉल|هاتف|جوال|موبايل|تلي?فون|محمول|رقم|اتصل|الاتصال)"
     r"[^\n\d]{0,20}$",
     re.IGNORECASE,
 )
 _PHONE_AFTER_PATTERN = re.compile(
-    r"[^\n\d]{0,12}?(?:連絡|電話|折り返|联系|聯繫|拨打|打给|打來|전화|문자|연락|โทร|ติดต่อ|कॉल|फ़?ोन|اتصل|anruf|erreich|ligar)",
+    r"[^\n\d]{0,12}?(?:連絡|電話|携帯|折り返|联系|聯繫|拨打|打给|打來|电话|手机|手機|微信|전화|휴대폰|핸드폰|문자|연락|โทร|ติดต่อ|เบอร์|कॉल|फ़?ोन"
+    r"|मोबाइल|اتصل|هاتف|جوال|موبايل|تلي?فون|тел|anruf|erreich|handy|telef|ligar|m[oó]vil|celular|whats|(?<![a-z])(?:cell|mobile|phone|tel)(?![a-z]))",
     re.IGNORECASE,
 )
 """Words after a number that say the same, as in languages whose verbs come last."""
+_OTHER_NUMBER_PATTERN = re.compile(
+    r"(?:(?<![a-z])(?:order|row|line|page|invoice|ticket|case|serial|tracking|part|model|product|item|reference|transaction"
+    r"|function|pedido|factura|fatura|commande|facture|bestell\w*|rechnungs\w*|заказ\w*|счет\w*|счёт\w*)|订单|訂單|快递|注文|受付"
+    r"|주문|송장|ऑर्डर|الطلب|สั่งซื้อ|พัสดุ)"
+    r"[ _-]?(?:number|no\.?|num|nr\.?|id|号码|号|號碼|番号|번호|नंबर)?[ :：#=.]{0,3}(?:is |was )?$",
+    re.IGNORECASE,
+)
+"""What a number of digits alone belongs to, where a word such as number stands before it."""
 _CONTEXT_CHARS = 48
 """Characters before a number in which a word such as phone counts."""
 
 _NATIONAL_PHONE_PATTERN = re.compile(
-    r"\(?[2-9]\d{2}\)?[ .\-]{1,2}[2-9]\d{2}[ .\-]\d{4}|0\d{1,5}(?:[ \-/.]\d{1,4}){1,5}|0\d{2,4}[ \-/]\d{5,8}"
-    r"|\(0\d{1,4}\) ?\d{2,4}(?:[ \-]?\d{2,4}){1,3}|1[3-9]\d[ \-]\d{4}[ \-]\d{4}|\(?[1-9]{2}\)? 9\d{4}[ \-]\d{4}"
-    r"|8[ \-]?\(?9\d{2}\)?[ \-]\d{3}[ \-]\d{2}[ \-]\d{2}|[6-9]\d{4}[ \-]\d{5}"
-    r"|[67]\d{2}(?: \d{2}){3}|[67]\d{2} \d{3} \d{3}",
+    r"(?:1[ .\-])?(?:\([2-9]\d{2}\)[ .\-]{0,2}|[2-9]\d{2}[ .\-/]{1,2})[2-9]\d{2}[ .\-]\d{4}|400-\d{3}-\d{4}"
+    r"|0\d{1,5}(?:[ \-/.]\d{1,4}){1,5}|0\d{1,4}[ \-/]\d{5,8}|0 ?\([1-9]\d{1,3}\) ?\d{2,4}(?:[ \-]?\d{2,4}){1,3}"
+    r"|\(0\d{1,4}\) ?\d{2,4}(?:[ \-]?\d{2,4}){1,3}|1[3-9]\d[ \-]\d{4}[ \-]\d{4}|[1-9]{2} 9\d{4}[ \-]\d{4}"
+    r"|\([1-9]{2}\) ?9?\d{4}[ \-]\d{4}|8[ \-]?\(?[489]\d{2}\)?[ \-]?\d{3}[ \-]\d{2}[ \-]\d{2}|[6-9]\d{4}[ \-]\d{5}"
+    r"|[6-9]\d{2}(?: \d{2}){3}|9\d \d{3} \d{2} \d{2}|[67]\d{2} \d{3} \d{3}",
     re.ASCII,
 )
 """Groupings of numbers without country code that are usual somewhere and rare otherwise."""
@@ -323,9 +269,11 @@ def _is_phone(number: str, context: str, text_after: str, follows_phone: bool) -
     digits = re.sub(r"\D", "", number)
     if len(digits) > 15 or _NOT_PHONE_PATTERN.fullmatch(number):
         return False
+    if number.isdecimal() and _OTHER_NUMBER_PATTERN.search(context):
+        return False
     if number.startswith("+"):
         regions: tuple[str | None, ...] = (None,)
-    elif len(digits) < 9 and (number.isdecimal() or len(digits) < 8):
+    elif len(digits) < (9 if number.isdecimal() else 8):
         return False
     elif (
         # Bare digits are mostly order numbers and ids: they need nine digits, and a word such as "call" before them.
@@ -394,10 +342,11 @@ _ID_FORM_START_PATTERN = re.compile(rf"{_ID_START}(?<=(?={_ID_FORM_PATTERN.patte
 _ID_CONTEXTS = (
     # A number after its name counts even if its check digit is wrong or it was never issued: people mistype.
     (r"\d{9}", r"(?<![a-z])ssn(?![a-z])|social security"),
-    (r"\d{17}[\dXx]|\d{15}|[A-Z]{1,2}\d{6}(?:\([0-9A]\)|[0-9A])|[A-Z][12]\d{8}", r"身份证|身份證|身分證"),
+    (r"\d{17}[\dXx]|\d{15}|[A-Z]{1,2}\d{6}(?:\([0-9A]\)|[0-9A])|[A-Z][12]\d{8}",
+     r"身份[证證証]|身分[證証]|(?<![a-z])hkid"),
     (r"\d{12}", r"マイナンバー|個人番号|(?<![a-z])my number"),
     (r"\d{13}", r"주민등록번호|주민번호|외국인등록번호"),
-    (r"\d{13}", r"บัตรประชาชน|เลขประจำตัว"),
+    (r"\d{13}", r"ประชาชน|เลขประจำตัว"),
     (r"\d{12}", r"aadha+r|आधार"),
     (r"\d{11}", r"(?<![a-z])cpf(?![a-z])"),
     (r"\d{9}", r"(?<![a-z])nif(?![a-z])|contribuinte"),
@@ -407,15 +356,15 @@ _ID_CONTEXTS = (
     (r"\d{11}", r"kimlik|(?<![a-z])tckn"),
     (r"\d{10}", r"(?<![a-z])nhs(?![a-z])"),
     (r"\d{13}|\d{15}", r"s[eé]curit[eé] sociale|(?<![a-z])nir(?![a-z])"),
-    (r"\d{10}", r"رقم الهوية|رقم الإقامة|الاقامة"),
+    (r"\d{10}", r"الهوية|هويتي|الإقامة|الاقامة|إقامتي"),
     (r"\d{14}", r"الرقم القومي|رقم قومي"),
 )  # fmt: skip
 """Forms of identity numbers without signs in them, and the names that come before them."""
 
 
 _ASCII_ID_WORDS = (
-    "aadha", "bsn", "burgerservicenummer", "cpf", "identifikationsnummer", "idnr", "kimlik", "my number", "nhs", "nir",
-    "nif", "contribuinte", "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
+    "aadha", "bsn", "hkid", "burgerservicenummer", "cpf", "identifikationsnummer", "idnr", "kimlik", "my number", "nhs",
+    "nir", "nif", "contribuinte", "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
 )  # fmt: skip
 """In each ASCII text that one of the contexts matches is one of these; to look for them is a tenth of the work."""
 
@@ -489,7 +438,7 @@ PERSONAL_ID_PATTERN = "|".join((
 """Ids of users and rows that are personal data themselves, as a pattern of RE2."""
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "key": _find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
+    "key": find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
     "id": _find_id_numbers, "phone": _find_phones,
 }  # fmt: skip
 """Finders in descending order of certainty: where two matches overlap, the earlier kind wins."""

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from rluf.errors import DataError
 from rluf.prepare.card_page import build_rate_figure, format_percent
 from rluf.prepare.joins import bin_by_octave
+from rluf.prepare.labels import normalize_reaction
 from rluf.prepare.splits import assign_conversation_keys
 from rluf.prepare.workspace import encode_column
 from rluf.report.page import render_html_page
@@ -133,12 +134,14 @@ def _read_optional_bool_column(table: pa.Table, column_name: str) -> tuple[Bools
 
 def collect_signals(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
     """For each signal, the rows that have it [N] and the rows for which the log can show it [N]."""
-    reaction = np.array([value or "" for value in table["reaction"].to_pylist()])
+    code, names = encode_column(table["reaction"])
+    # By any spelling; a loved reaction is love, also a thumb up, unless a label of the config says otherwise.
+    reaction = np.array([*(normalize_reaction(name) for name in names.to_pylist()), ""])[code]
     all_rows = np.ones(len(reaction), dtype=np.bool_)
     return {
         "love": (reaction == "love", all_rows),
-        "thumbs up": (np.isin(reaction, ["thumbs_up", "like"]), all_rows),
-        "thumbs down": (np.isin(reaction, ["thumbs_down", "dislike"]), all_rows),
+        "thumbs up": (reaction == "up", all_rows),
+        "thumbs down": (reaction == "down", all_rows),
         "continue": _read_optional_bool_column(table, "continued"),
         "pleased follow-up": _find_positive_follow_ups(table),
         "return": _read_optional_bool_column(table, "returned"),

@@ -44,6 +44,11 @@ def hash_user_id(user_id: str, salt: bytes | None) -> str:
     return USER_ID_TAG + hashlib.blake2b(_encode_text(user_id), digest_size=12, key=key).hexdigest()
 
 
+def is_hashed_user_id(user_id: str) -> bool:
+    """Whether an id has the form of `hash_user_id`."""
+    return _HASHED_USER_ID.fullmatch(user_id) is not None
+
+
 def create_response_id(user: str | None, salt: bytes) -> str:
     """New id of a response, in OpenAI's format, signed for the user who is served; feedback refers to it."""
     unique_part = f"chatcmpl-{uuid.uuid4().hex}"

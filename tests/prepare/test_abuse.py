@@ -261,3 +261,43 @@ def test_throw_away_accounts_are_detected_together(rows_each: int, love_rate: fl
 def test_a_log_of_users_with_one_row_each_has_no_newcomers() -> None:
     log = add_accounts(build_ordinary_log(1), 500, 1, 0.9)
     assert (compute_trust_weights(log, ["newcomers"])[0] == 1).all()
+
+
+def build_visits(user_count: int, row_probability: float) -> AbuseLog:
+    """An ordinary log in which most users have few rows."""
+    rng = np.random.default_rng(1)
+    user_code = np.repeat(np.arange(user_count), rng.geometric(row_probability, user_count))
+    log = build_ordinary_log(1)
+    rows = np.arange(len(user_code))
+    return replace(
+        log, user_code=user_code, prompt_group=rows, response_code=rows, device_code=rows * 0 - 1,
+        time_us=rng.integers(0, 28 * 86400, len(rows)) * SECOND_US, own_persona=np.zeros(len(rows), dtype=np.bool_),
+        loved=rng.random(len(rows)) < rng.beta(1.2, 12, user_count)[user_code],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row_probability", "users", "rows_each", "love_rate", "is_detected"),
+    [(0.5, 300, 1, 1.0, True), (0.4, 150, 2, 0.9, True), (0.15, 100, 6, 0.8, True), (0.3, 500, 2, 0.09, False),
+     (0.3, 500, 1, 0.12, False), (0.15, 60, 10, 0.1, False)],
+)  # fmt: skip
+def test_accounts_that_arrive_together_are_compared_with_others(
+    row_probability: float, users: int, rows_each: int, love_rate: float, is_detected: bool
+) -> None:
+    ordinary_log = build_visits(3000, row_probability)
+    log = add_accounts(ordinary_log, users, rows_each, love_rate)
+    is_new = np.arange(len(log.user_code)) >= len(ordinary_log.user_code)
+    seconds = np.random.default_rng(6).integers(0, 3600, len(is_new))
+    log = replace(log, time_us=np.where(is_new, (10 * 86400 + 36_000 + seconds) * SECOND_US, log.time_us))
+    weight = compute_trust_weights(log, ["newcomers"])[0]
+    assert (weight[is_new & log.loved].mean() < 0.5) == is_detected
+    if not is_detected:
+        assert (weight == 1).all()
+    assert (weight[~is_new] == 1).mean() > 0.99
+
+
+def test_a_day_on_which_all_users_love_more_is_no_campaign() -> None:
+    log = build_visits(3000, 0.15)
+    is_good_day = log.time_us // (86400 * SECOND_US) == 12
+    log = replace(log, loved=log.loved | (is_good_day & (np.random.default_rng(2).random(len(is_good_day)) < 0.3)))
+    assert (compute_trust_weights(log, ["newcomers"])[0] == 1).all()

@@ -19,7 +19,13 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
-from rluf.prepare.erasure import compute_erasure_mark, erase_users, is_row_of_erased_user, match_erased_users
+from rluf.prepare.erasure import (
+    compute_erasure_mark,
+    erase_users,
+    find_named_ids,
+    is_row_of_erased_user,
+    match_erased_users,
+)
 from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
 from rluf.prepare.signals import estimate_return_association, format_signal_lines, rank_signals, write_signal_report
@@ -205,6 +211,30 @@ def test_a_cut_row_of_escaped_quotes_is_searched_in_linear_time() -> None:
     start = time.process_time()
     assert not is_row_of_erased_user(b'{"text": "' + b'\\"' * 30_000, {mark}, str)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("user_id", ["user-7", "kåre-7", "Wang Fang", 'a"b'])
+def test_a_hashed_id_also_removes_the_raw_rows_that_name_the_user(
+    log: dict[str, Path], tmp_path: Path, rows: dict[str, RowFactory], jsonl: Any, monkeypatch: Any, user_id: str
+) -> None:
+    monkeypatch.setenv("RLUF_USER_SALT", "pepper")
+    make = rows["feedback"]
+    log_rows = [make(n) for n in range(500)] + [make(6000 + n, user_id=user_id, response="a" * n) for n in range(8)]
+    log["feedback"] = jsonl(tmp_path / "log.jsonl", log_rows)
+    log["prompts"] = jsonl(tmp_path / "p.jsonl", [rows["prompts"](n, owner=user_id) for n in range(20)] + [
+        rows["prompts"](n) for n in range(20, 40)
+    ])  # fmt: skip
+    build_data_set(build_settings(log), tmp_path / "data", run_in_process)
+    assert search_files(tmp_path / "data", user_id)
+    proof = erase_users(tmp_path / "data", [hash_user_id(user_id, b"pepper")])
+    assert proof["rows_removed"]["quarantine.parquet"] == 1 and sum(proof["rows_removed"].values()) == 28
+    assert search_files(tmp_path / "data", user_id, hash_user_id(user_id, b"pepper")) == []
+
+
+@pytest.mark.parametrize("raw", [b'f1,"a""b",x', b'f1;"a""b"', b'"a""b"', b'{"user_id": "a\\"b"}', b'f1\t"a""b"\t"c'])
+def test_an_id_with_a_quote_is_found_as_a_csv_and_as_json_write_it(raw: bytes) -> None:
+    assert find_named_ids(raw, ['a"b']) == {'a"b'}
+    assert is_row_of_erased_user(raw, {compute_erasure_mark('a"b')}, str)
 
 
 USER_FORMS = {

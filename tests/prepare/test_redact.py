@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pytest
@@ -146,6 +146,63 @@ def test_letters_of_other_scripts_may_touch_a_secret(kind: str, before: str, aft
     assert redacted.endswith(f"<{kind}>{after}") and counts == {kind: 1}
 
 
+MORE_FORMS = {
+    "key": [
+        "PIN: 4821", "my PIN is 4821", "pass: hunter2", "DB_PASS=s3cr3tpw", "**Password:** hunter2x",
+        "<password>hunter2x</password>", '{\\"password\\":\\"hunter2x\\"}', "| password | hunter2x |",
+        "password → hunter2x", "password: “hunter2x”", "пароль: «qwerty123»", "Пароль: qwerty12",
+        "ПАРОЛЬ - qwerty123", "Passwort: Grün2024!", "contraseña: España2024", "пароль: кот123",
+        "contraseña del wifi: Casa2022", "senha do wifi: casa2022", "Passwort für das WLAN: abc123",
+        "пароль от вайфая: kotik2020", "la contraseña es: gato1234", "wifi密码（客厅）：abc12345",
+        "密码改成Abc12345了", "비밀번호가 abc1234인데", "รหัสผ่านของฉันคือ abc1234",
+        "كلمة مرور الواي فاي: abc1234", "wachtwoord: Fiets2024", "hasło: Warszawa1", "şifre: Ankara06!",
+        "mật khẩu: hanoi2024", "סיסמה: Telaviv99", "Authorization: Basic YWRtaW46cGFzc3dvcmQxMjM=",
+        "Authorization: token a1B2c3D4e5F6g7H8", "API key 0123456789abcdef0123456789abcdef",
+        "密钥：a1B2c3D4e5F6g7H8", "APIキー：a1B2c3D4e5F6g7H8", "API 키: a1B2c3D4e5F6g7H8",
+        "Ключ: a1B2c3D4e5F6g7H8", "chave de API: a1B2c3D4e5F6g7H8", "مفتاح API: a1B2c3D4e5F6g7H8",
+        "lsv2_pt_" + "0123456789abcdef" * 2 + "_0123456789",
+        "https://discord.com/api/webhooks/123456789012345678/" + "a1B2" * 17,
+    ],
+    "email": [
+        "my email is bob at example dot com", "bob at example.com is my e-mail", "bob%40example.com",
+        "max (ät) web.de", "bob<at>example<dot>com", '"john doe"@example.org', "jean arobase exemple point fr",
+    ],
+    "phone": [
+        "phoneNumber: 4155552671", "1 (415) 555-2671", "(415)555-2671", "(11)98765-4321", "(21) 2345-6789",
+        "8(912)345-67-89", "8 800 555 35 35", "912 34 56 78", "91 123 45 67", "06-12345678",
+        "0 (532) 123 45 67", "13812345678是我的手机", "موبايل 01001234567", "0551234567 جوالي", "400-123-4567",
+    ],
+    "card": [
+        '"cvv": "321"', "CVV code: 321", "CVV码：321", "cvv (321)", "code de sécurité 321",
+        "4111 - 1111 - 1111 - 1111",
+    ],
+    "iban": [
+        "BE68 5390 0754 7034", "DE 89 3704 0044 0532 0130 00", "ES55 0000 0000 0000 0000 0001",
+    ],
+    "ip": [
+        "2a00::1", "ban 203.0.113.77-203.0.113.99",
+    ],
+    "id": [
+        "身份証110105194912310021", "เลขบัตรประจำตัวประชาชน 1-1017-00230-67-3", "HKID A123456(3)",
+        "رقم هويتي 1012345672",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, text", [(kind, text) for kind, texts in MORE_FORMS.items() for text in texts])
+def test_nothing_of_a_written_form_is_left(kind: str, text: str) -> None:
+    redacted, counts = redact_text(text, KINDS)
+    assert set(counts) == {kind} and not re.search(r"\d{3}", redacted)
+    assert redact_array(pa.array([text]), KINDS)[0][0].as_py() == redacted
+
+
+@pytest.mark.parametrize("text", [text for texts in MORE_FORMS.values() for text in texts])
+@pytest.mark.parametrize("change", [str.upper, str.capitalize, str.title])
+def test_the_prefilter_misses_nothing_in_another_case(text: str, change: Callable[[str], str]) -> None:
+    changed = change(text)
+    assert redact_array(pa.array([changed]), KINDS)[0][0].as_py() == redact_text(changed, KINDS)[0]
+
+
 WRITTEN_FORMS = {
     "key": ["github_pat_" + "a1" * 11 + "_" + "b2" * 29 + "c", "aws_secret_access_key = " + "wJalr/XUtn" * 4,
             "Authorization: Bearer " + "a1B2" * 10, "-----BEGIN PGP PRIVATE KEY BLOCK-----\nabc", "password: hunter2",
@@ -174,8 +231,15 @@ def test_written_forms_of_each_kind(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "git@github.com:org/repo", "version 10.2.3.4", "版本10.2.3.4", "pip install react@18.2.next", "127.0.0.1:8080",
-    "password: required", "sk-learn-contrib-package-name", "the key is under the mat", "2 000 000 000",
+    "git@github.com:org/repo", "version 10.2.3.4", "版本10.2.3.4", "pip install react@18.2.next",
+    "127.0.0.1:8080", "password: required", "sk-learn-contrib-package-name", "the key is under the mat",
+    "2 000 000 000", "order number 1234567890", "row number: 2125551234", "注文番号 09012345678",
+    "номер: заказ 89123456789", "IMEI 490154203237518", "section 1.2.3.4", "version : 1.2.3.4",
+    "versione 2.3.4.5", "pkg==1.2.3.4", "hotkey: ctrl+shift+p", "PIN: 12", "passport: x",
+    "meet me at noon dot",
+    "contact us at store.example for returns", "e-mail arrived at google.com servers",
+    "look at google dot com", "pass: 3 of 5 tests", "pass=True",
+    "password: **required**", "dead::beef",
 ])  # fmt: skip
 def test_lookalikes_are_unchanged(text: str) -> None:
     assert redact_text(text, KINDS) == (text, Counter())

@@ -144,6 +144,15 @@ def test_near_duplicates_are_reported_and_removed(tmp_path: Path) -> None:
     assert build(tmp_path, data, drop_duplicates="exact")["counts"]["feedback"]["dropped"] == {}
 
 
+@pytest.mark.parametrize("setting", ["exact", "near"])
+def test_a_reaction_that_only_the_repeated_row_has_stays(tmp_path: Path, setting: str) -> None:
+    rows = [feedback(i, reaction="love" if i >= 40 and i % 4 == 0 else None) for i in range(300)]
+    rows += [feedback(i, id=f"again{i}", reaction="love" if i % 2 else "thumbs_down") for i in range(40)]
+    card = build(tmp_path, {"feedback": write(tmp_path / "log.jsonl", rows)}, drop_duplicates=setting)
+    assert card["counts"]["feedback"]["dropped"] == {"repeats another row": 40}
+    assert card["love"]["base_rate"]["hits"] == 65 + 20
+
+
 def test_labels_that_differ_are_no_repeats(tmp_path: Path) -> None:
     rows = [safety(i) for i in range(200)]
     rows += [safety(i, id=f"near{i}", response=change_word(rows[i]["response"])) for i in range(30)]

@@ -148,3 +148,15 @@ def test_a_follow_up_belongs_to_its_own_chat(conversation_ids: tuple[str, str]) 
     table = table.append_column("returned", pa.nulls(4, pa.bool_()))
     is_pleased, has_follow_up = collect_signals(table)["pleased follow-up"]
     assert is_pleased.tolist() == [True, False, False, False] and has_follow_up.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["thumbs_down", "👎", ":thumbsdown:", "Dislike", "-1", "downvote", "down"])
+def test_a_thumb_down_counts_in_any_spelling(name: str) -> None:
+    names = [name, None, "love", "custom", "👍"]
+    messages = [[{"role": "user", "content": "hello"}]] * 5
+    columns = {"user_id": list("abcde"), "conversation_id": list("abcde"), "turn": [0] * 5, "reaction": names}
+    table = pa.table(columns | {"messages": messages, "continued": [False] * 5, "returned": [False] * 5})
+    signals = collect_signals(table)
+    assert signals["thumbs down"][0].tolist() == [True, False, False, False, False]
+    assert signals["love"][0].tolist() == [False, False, True, False, False]
+    assert signals["thumbs up"][0].tolist() == [False, False, False, False, True]
