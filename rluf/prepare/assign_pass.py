@@ -201,13 +201,12 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, order: Ints, decision
     `order` [N] sorts the index by position in the log.
     """
     order = order[decisions.keep_mask[order]]
-    if task.kind_name == "feedback":
-        # A log that is written again under new ids may have the reaction in the later row only.
-        order = order[np.argsort(pc.is_null(table["reaction_label"]).to_numpy()[order], kind="stable")]
     prompt_key, content_key = read_column(table, "prompt_key"), read_column(table, "response_key")
     # Rows of feedback repeat those of the same user, labeled rows those of the same label; pairs any other.
     if task.kind_name == "feedback":
         unit = encode_column(table["user_id"])[0]
+        # A log that is written again under new ids may have the reaction in the later row only.
+        order = order[np.argsort(pc.is_null(table["reaction_label"]).to_numpy()[order], kind="stable")]
     else:
         unit = read_column(table, "label") if "label" in table.column_names else np.zeros(table.num_rows, np.int64)
     unit_key = unit.astype(np.uint64) * splits.USER_MULTIPLIER

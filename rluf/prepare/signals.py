@@ -136,7 +136,7 @@ def collect_signals(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
     """For each signal, the rows that have it [N] and the rows for which the log can show it [N]."""
     code, names = encode_column(table["reaction"])
     # By any spelling; a loved reaction is love, also a thumb up, unless a label of the config says otherwise.
-    reaction = np.array([*(normalize_reaction(name) for name in names.to_pylist()), ""])[code]
+    reaction = np.array([*(normalize_reaction(name or "") for name in names.to_pylist()), ""])[code]
     all_rows = np.ones(len(reaction), dtype=np.bool_)
     return {
         "love": (reaction == "love", all_rows),
