@@ -156,7 +156,7 @@ class PrepareSettings(SettingsSection):
     """File that ends early or cannot be decompressed: stop, or count its estimated rows in the quarantine budget."""
     reaction_window_hours: float = Field(default=168, gt=0)
     """Hours after a response during which a reaction counts."""
-    return_window_days: float = Field(default=7, gt=0)
+    return_window_days: float = Field(default=7, gt=0.25)
     """For logs without `returned`: whether the user was seen again between 6 hours and this many days later."""
     redact: tuple[Literal["email", "phone", "card", "iban", "ip", "id", "key"], ...] = (
         "email",
