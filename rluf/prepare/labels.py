@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from rluf.errors import DataError, SettingsError
 
@@ -164,13 +165,15 @@ class LabelRules:
             if number_range is not None:
                 self._ranges.append(number_range)
             elif number is not None:
-                self._numbers[number] = code
+                self._add_rule(self._numbers, number, code, rule)
             else:
-                key = normalize_name(rule)
-                if self._codes.get(key, code) != code:
-                    raise SettingsError(f"{self.setting}: {rule!r} has two labels, as another spelling of the name")
-                self._codes[key] = code
+                self._add_rule(self._codes, normalize_name(rule), code, rule)
         self._check_ranges()
+
+    def _add_rule(self, codes: dict[Any, int], key: str | float, code: int, rule: str) -> None:
+        if codes.get(key, code) != code:
+            raise SettingsError(f"{self.setting}: {rule!r} has two labels, as another spelling of the name")
+        codes[key] = code
 
     def _check_ranges(self) -> None:
         bounds = {bound for item in self._ranges for bound in (item.low, item.high) if math.isfinite(bound)}

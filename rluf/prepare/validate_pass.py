@@ -449,7 +449,8 @@ _RawItem = tuple[int, int, bytes, bytes]
 def _read_line(line: RawLine, adapt: RowAdapter, reader_name: str) -> Sequence[Mapping[str, Any] | SkippedRow] | str:
     """Rows of a line; the reason if it has another shape."""
     try:
-        raw_row = json.loads(line.raw)
+        # NaN is how Python and Parquet write that a value is missing.
+        raw_row = json.loads(line.raw, parse_constant=lambda _: None)
         if not isinstance(raw_row, dict):
             return "not an object"
         return adapt(raw_row)

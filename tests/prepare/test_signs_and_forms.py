@@ -17,13 +17,14 @@ from rluf.prepare.readers.chats import RowShapeError
 from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_columns, name_reactions
 from rluf.prepare.readers.conditions import find_failed_condition
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
+from rluf.prepare.readers.files import BROKEN_FILE_REASONS
 from rluf.prepare.readers.sources import LogSource
 from rluf.prepare.readers.times import normalize_time
 from tests.prepare.product_samples import ProductSample, assistant, user
 from tests.prepare.test_chat_exports import read_rows, slack, trace
 from tests.prepare.test_export_oddities import intercom
 from tests.prepare.test_log_faults import build_foreign, foreign_row, own_row
-from tests.prepare.test_log_variants import STARS, TIME, convert, langsmith_run
+from tests.prepare.test_log_variants import STARS, TIME, convert, langsmith_run, read_file
 from tests.prepare.test_products_table import read_sample
 
 NO_RULES = LabelRules({})
@@ -281,11 +282,53 @@ def test_a_system_prompt_next_to_mapped_messages_is_counted() -> None:
     assert note not in convert(foreign_row(1, system="Be kind."), topic="system")[1]
 
 
+def test_values_that_are_not_a_number_are_missing(tmp_path: Path) -> None:
+    nan, mapped = (
+        float("nan"),
+        {"id": "id", "user_id": "u", "time": "t", "messages": "q", "response": "r", "topic": "c"},
+    )
+    good = {"q": "q", "r": "a", "u": "u1", "t": TIME, "c": "x"}
+    rows = [good | {"id": i, name: nan} for i, name in enumerate(("c", "u", "r", "q"))]
+    result, records, _ = read_sample(ProductSample("x", "feedback", {"columns": mapped}, rows, {}), tmp_path)
+    assert [(row["id"], row["topic"]) for row in records] == [("0", "other")]
+    assert {count.reason for count in result["row_counts"] if count.outcome == "quarantined"} == {
+        "missing field: user_id", "missing field: response", "missing field: messages"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["m.1.feedback", "m.-3.rating.value", "m.0.fb"])
+def test_a_reaction_to_another_message_than_the_last_needs_its_position(path: str) -> None:
+    position = path.split(".")[1]
+    with pytest.raises(SettingsError, match=f"add message: ={position}"):
+        check_columns("feedback", {"messages": "m", "reaction": path}, "columns")
+    check_columns("feedback", {"messages": "m", "reaction": path, "message": f"={position}"}, "columns")
+    check_columns("feedback", {"messages": "m", "reaction": "m.-1.feedback"}, "columns")
+    chat = [user("q"), assistant("x") | {"feedback": "up"}, user("q2"), assistant("y")]
+    row, _ = convert(foreign_row(0, m=chat), reaction="m.1.feedback", message="=1")
+    assert (row["response"], row["reaction"]) == ("x", "up")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv.gz", "jsonl.zst", "jsonl.bz2", "tsv.zst"])
+def test_a_compressed_file_of_no_bytes_is_broken(tmp_path: Path, suffix: str) -> None:
+    _, problems = read_file(tmp_path / f"log.{suffix}", b"")
+    assert len(problems) == 1 and problems[0] in BROKEN_FILE_REASONS
+    assert read_file(tmp_path / "log.jsonl", b"") == read_file(tmp_path / "log.json", "[]\n") == ([], [])
+
+
+def test_two_rules_for_one_number_are_refused() -> None:
+    with pytest.raises(SettingsError, match="has two labels"):
+        LabelRules({"4": "loved", "4.0": "not_loved"})
+
+
 def test_rows_of_own_names_from_a_table_with_nulls(tmp_path: Path) -> None:
-    rows = [own_row(0, turn=None), own_row(1, turn=2.0, response_tokens=12.0), own_row(2, turn=1.5)]
+    nan = float("nan")
+    rows = [own_row(0, turn=None, topic=nan), own_row(1, turn=2.0, response_tokens=12.0), own_row(2, turn=1.5),
+            own_row(3, user_id=nan)]  # fmt: skip
     result, records, _ = read_sample(ProductSample("x", "feedback", {}, rows, {}), tmp_path)
     assert {row["id"]: (row["turn"], row["response_tokens"]) for row in records} == {"f0": (0, None), "f1": (2, 12)}
-    assert [count.reason for count in result["row_counts"] if count.outcome == "quarantined"] == ["wrong type: turn"]
+    assert {count.reason for count in result["row_counts"] if count.outcome == "quarantined"} == {
+        "wrong type: turn", "wrong type: user_id"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["preferences", "safety", "prompts", "reactions"])

@@ -371,7 +371,7 @@ class RowConverter:
         """
         notes: Counter[str] = Counter()
         try:
-            row = json.loads(row_json)
+            row = json.loads(row_json, parse_constant=lambda _: None)
             if not isinstance(row, dict):
                 return None, notes
             is_pair_of_chats = any(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
@@ -532,6 +532,12 @@ def check_columns(kind_name: str, columns: Mapping[str, str], setting: str) -> N
         raise SettingsError(
             f"{setting}.reaction: {columns['reaction']!r} reads the reactions to all messages of a chat, but a row is "
             "one response; write a row for each rated message, or a reader (package.module:function) that returns them"
+        )
+    position = re.match(re.escape(messages_path) + r"\.(?!-1\.)(-?\d+)\.", columns.get("reaction", ""))
+    if position and "message" not in columns:
+        raise SettingsError(
+            f"{setting}.reaction: {columns['reaction']!r} reads the reaction to message {position[1]} of a chat, but "
+            f"the response is the last one; add message: ={position[1]}"
         )
     for name, path in columns.items():
         if name not in known:
