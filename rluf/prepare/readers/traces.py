@@ -99,7 +99,7 @@ def _list_reactions(row: Mapping[str, Any], metadata: Mapping[str, Any], notes: 
     value_by_name |= {
         name: value for name, value in metadata.items() if _REACTION_METADATA.fullmatch(_normalize_key(name))
     }
-    names = {name: name_reactions(_turn_bad_score(name, value)) for name, value in value_by_name.items()}
+    names = {name: name_reactions(_normalize_score(name, value)) for name, value in value_by_name.items()}
     notes[RATINGS_NOTE] += any("rating" in name.lower() and names[name] for name in names)
     notes["several reactions in one row"] += sum(map(len, names.values())) > 1
     return [reaction for reactions in names.values() for reaction in reactions]
@@ -118,7 +118,7 @@ def _normalize_key(name: object) -> str:
     return re.sub(r"[\W_]+", "", str(name).lower())
 
 
-def _turn_bad_score(name: object, value: Any) -> Any:
+def _normalize_score(name: object, value: Any) -> Any:
     """A reaction, where the name of a score may say that it is true or above 0 for a bad response."""
     number = parse_number(str(value).strip())
     is_positive = parse_truth(value) if number is None else number > 0
@@ -286,7 +286,7 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     user_stats = {name: entry for name, entry in stats.items() if _is_user_score_name(name)}
     notes["scores that are not a user's"] += len(stats) - len(user_stats)
     means = [
-        _turn_bad_score(
+        _normalize_score(
             name, entry["avg"] if entry.get("avg") is not None else max(entry["values"], key=entry["values"].get)
         )
         for name, entry in user_stats.items()
@@ -314,7 +314,7 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
 def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A row of the feedback table: a user's, unless its source is an evaluator."""
     source = decode_value(row.get("feedback_source"))
-    reaction = _turn_bad_score(row.get("key"), get_any(row, "score", "value"))
+    reaction = _normalize_score(row.get("key"), get_any(row, "score", "value"))
     if isinstance(source, Mapping) and source.get("type") in ("model", "auto_eval"):
         return [SkippedRow("score is not a user's")]
     if reaction is None or row["run_id"] is None:
