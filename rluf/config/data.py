@@ -28,6 +28,17 @@ def _name_reactions(value: object) -> object:
 
 ReactionLabels = Annotated[dict[str, ReactionLabel], BeforeValidator(_name_reactions)]
 
+
+def _name_roles(value: object) -> object:
+    """Roles with keys as YAML writes them: true is "true", 1 is "1"."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key).lower() if isinstance(key, bool) else str(key): role for key, role in value.items()}
+
+
+MessageRole = Literal["user", "assistant", "system", "ignored"]
+MessageRoles = Annotated[dict[str, MessageRole], BeforeValidator(_name_roles)]
+
 RowCondition = bool | int | float | str | None
 
 
@@ -50,8 +61,8 @@ class DataSource(SettingsSection):
     """Format of the files; none: by the suffix of their names."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Path of each of rluf's fields in a row of the files (field: path.in.its.row, or =constant)."""
-    roles: dict[str, Literal["user", "assistant", "system"]] = Field(default_factory=dict)
-    """Roles of messages that have names of their own (customer: user)."""
+    roles: MessageRoles = Field(default_factory=dict)
+    """Roles of messages that have names of their own (customer: user); ignored for what is no message."""
     labels: ReactionLabels = Field(default_factory=dict)
     """Labels of reactions in these files, in addition to `prepare.labels`."""
     where: dict[str, RowCondition | tuple[RowCondition, ...]] = Field(default_factory=dict)

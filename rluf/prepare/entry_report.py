@@ -12,9 +12,9 @@ import numpy as np
 
 from rluf.config.objectives import find_spec_by_data_key
 from rluf.config.reward import MAX_AUTO_TOKENS, MIN_AUTO_TOKENS
-from rluf.errors import DataError
+from rluf.errors import DataError, SettingsError
 from rluf.prepare.labels import LABEL_NAMES, LabelRules, check_reactions
-from rluf.prepare.readers.columns import RATINGS_NOTE, check_columns
+from rluf.prepare.readers.columns import BAD_REACTIONS_NOTE, RATINGS_NOTE, check_columns
 from rluf.prepare.readers.files import BROKEN_FILE_REASONS
 from rluf.prepare.readers.sources import LogSource, find_reader
 from rluf.prepare.schema import find_data_kind
@@ -32,8 +32,16 @@ _UNEVEN_COVERAGE = 0.25
 def check_entries(sources: Sequence[LogSource]) -> None:
     """Raise SettingsError for an entry whose columns or label rules are wrong, before any work starts."""
     for source in {(source.kind_name, source.entry_index): source for source in sources}.values():
-        check_columns(source.kind_name, source.entry.columns, f"data.{source.kind_name}: columns")
-        LabelRules(source.entry.labels)
+        entry, data_key = source.entry, f"data.{source.kind_name}"
+        check_columns(source.kind_name, entry.columns, f"{data_key}: columns")
+        LabelRules(entry.labels)
+        if entry.reader is not None and find_reader(entry.reader, source.kind_name).read_item is not None:
+            unused = [name for name in ("columns", "roles") if getattr(entry, name)]
+            if unused:
+                raise SettingsError(
+                    f"{data_key}: {' and '.join(unused)} would have no effect with reader {entry.reader}, which knows "
+                    f"the fields of its export; remove {unused[0]}, or the reader"
+                )
 
 
 @dataclass
@@ -85,6 +93,11 @@ class EntryReport:
         paths = [_UNNAMED_STEP.sub("", path) for path in entry.columns.get("reaction", "").split("|")]
         is_rating = any(_RATING_PATH.search(path.rpartition(".")[2]) for path in paths)
         data_key = f"data.{self.source.kind_name} ({entry.path})"
+        if self.notes[BAD_REACTIONS_NOTE]:
+            raise DataError(
+                f"{data_key}: columns.reaction: {entry.columns['reaction']!r} seems to be true for bad responses; "
+                "write ! before that path, as in liked|!disliked, or a rule such as labels: {true: not_loved}"
+            )
         check_reactions(
             self.reactions, self.rules, data_key, is_rating=is_rating or bool(self.notes[RATINGS_NOTE]),
             has_ratings=has_ratings, is_event=self.source.kind_name == "reactions",

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from rluf.errors import DataError, SettingsError
 
@@ -30,6 +31,18 @@ MISSING_TEXTS = frozenset(
     {"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>", "(null)", "\\n", "nil", "undefined"}
 )
 """Spellings of a missing value (lower case) that exporters write as text."""
+
+_TRUE_TEXTS = frozenset({"true", "t", "yes", "y", "1", "1.0"})
+_FALSE_TEXTS = frozenset({"false", "f", "no", "n", "0", "0.0"})
+
+BAD_NAME_PATTERN = re.compile(
+    r"(?<!non)(?<!not)(?<!non[_-])(?<!not[_-])(?<!un)(?:toxic|harm(?!less)|unsafe|flagged|violat|violen|nsfw|hate(?!ver)|abus|"
+    r"insult|threat|jailbreak|harass|sexual|offens|obscen|profan|danger|malicious|illegal|inappropriate|unethical|spam|"
+    r"down(?!load)|dislik|negativ|bad(?!ge)|complain|unhelpful|not_?helpful|unlike|wrong|incorrect|hallucinat|reject|"
+    r"block|risk|reported)",
+    re.IGNORECASE,
+)
+"""Names of fields and scores that are 1 or true for a bad response."""
 
 _UNRATED_NAMES = frozenset({"", "-", "na", "(none)", "unset", "unrated", "notrated", "noreaction", "norating"})
 """Normalized names that say that a user has not reacted."""
@@ -96,6 +109,12 @@ def parse_number(text: str) -> float | None:
     return float(text) + 0.0 if re.fullmatch(_NUMBER_PATTERN, text) and not text.startswith("+") else None
 
 
+def parse_truth(value: object) -> bool | None:
+    """Truth value as JSON, databases and spreadsheets write it (true, t, yes, 1, 1.0); None for anything else."""
+    text = str(value).strip().lower()
+    return True if text in _TRUE_TEXTS else False if text in _FALSE_TEXTS else None
+
+
 @dataclass(frozen=True, slots=True)
 class _NumberRange:
     low: float
@@ -146,13 +165,15 @@ class LabelRules:
             if number_range is not None:
                 self._ranges.append(number_range)
             elif number is not None:
-                self._numbers[number] = code
+                self._add_rule(self._numbers, number, code, rule)
             else:
-                key = normalize_name(rule)
-                if self._codes.get(key, code) != code:
-                    raise SettingsError(f"{self.setting}: {rule!r} has two labels, as another spelling of the name")
-                self._codes[key] = code
+                self._add_rule(self._codes, normalize_name(rule), code, rule)
         self._check_ranges()
+
+    def _add_rule(self, codes: dict[Any, int], key: str | float, code: int, rule: str) -> None:
+        if codes.get(key, code) != code:
+            raise SettingsError(f"{self.setting}: {rule!r} has two labels, as another spelling of the name")
+        codes[key] = code
 
     def _check_ranges(self) -> None:
         bounds = {bound for item in self._ranges for bound in (item.low, item.high) if math.isfinite(bound)}
@@ -193,10 +214,13 @@ class LabelRules:
         if name is None:
             return True
         key = normalize_name(name)
-        number = parse_number(key)
-        has_rule = key in self._codes or (self.has_number_rules and number is not None)
-        is_zero = (number == 0 or key in ("false", "f")) and not is_event
-        return (is_zero or key in MISSING_TEXTS | _UNRATED_NAMES) and not has_rule
+        is_zero = (parse_number(key) == 0 or key in ("false", "f")) and not is_event
+        return (is_zero or key in MISSING_TEXTS | _UNRATED_NAMES) and not self.has_rule(name)
+
+    def has_rule(self, name: str) -> bool:
+        """Whether the rules are about a reaction; the default list says what others mean."""
+        key = normalize_name(name)
+        return key in self._codes or (self.has_number_rules and parse_number(key) is not None)
 
 
 @cache

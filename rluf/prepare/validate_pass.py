@@ -29,9 +29,10 @@ from rluf.prepare.readers.columns import (
     ROUNDED_ID_PATTERN,
     RowConverter,
     build_converter,
-    find_failed_condition,
+    find_page,
     get_row_kind,
 )
+from rluf.prepare.readers.conditions import find_failed_condition
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
@@ -397,9 +398,6 @@ def count_scripts(texts: pa.Array) -> Counter[str]:
     return +counts
 
 
-_PAGE_KEYS = ("data", "conversations", "results", "items", "runs", "traces")
-"""Keys of the list in a page of an API's answer."""
-
 RowAdapter = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]]
 
 
@@ -416,9 +414,7 @@ def _build_adapter(task: ValidateTask, source_path: str, converter: RowConverter
 
     def read_row(raw_row: Mapping[str, Any]) -> list[Mapping[str, Any] | SkippedRow]:
         row = {**partitions, **raw_row} if partitions else raw_row
-        page = next((row[key] for key in _PAGE_KEYS if isinstance(row.get(key), list)), None)
-        if read_item is not None and page and "id" not in row and all(isinstance(entry, dict) for entry in page):
-            # An answer of the product's API: a page of what the reader reads.
+        if page := find_page(raw_row, converter.columns if read_item is None else None):
             return [item for entry in page for item in read_row(entry)]
         items = [converter.read_row(row)] if read_item is None else read_item(row, options)
         named_items = [_name_one_reaction(item, converter) for item in items]
@@ -453,7 +449,8 @@ _RawItem = tuple[int, int, bytes, bytes]
 def _read_line(line: RawLine, adapt: RowAdapter, reader_name: str) -> Sequence[Mapping[str, Any] | SkippedRow] | str:
     """Rows of a line; the reason if it has another shape."""
     try:
-        raw_row = json.loads(line.raw)
+        # NaN is how Python and Parquet write that a value is missing.
+        raw_row = json.loads(line.raw, parse_constant=lambda _: None)
         if not isinstance(raw_row, dict):
             return "not an object"
         return adapt(raw_row)

@@ -26,7 +26,7 @@ class RowShapeError(ValueError):
 # Without eq: a chat may have the same short reply several times, and each is a message of its own.
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatMessage:
-    """One message: rluf's role or `tool`, its text (None: only images or tool calls), and the ids that refer to it.
+    """One message: rluf's role, `tool` or `ignored`, its text (None: only images or tool calls), and its ids.
 
     `parent` is the id of the message before it. Messages without text stay in a chat, so that positions and parents
     lead to the right one; `to_records` leaves them out. Messages are equal if they are the same object.
@@ -87,6 +87,13 @@ SYSTEM_PROMPT_KEYS = ("system", "system_prompt", "systemPrompt", "instructions")
 _EVENT_STREAM = re.compile(r'\s*(?:event: ?\w+\s+)?data: ?\{"(?:id|object|type|choices|candidates|delta)"')
 """How a logged stream of server-sent events begins."""
 _TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>")
+
+
+_HH_TRANSCRIPT = re.compile(r"\s*Human:(?s:.*?)(?:\r?\n){2}Assistant:")
+"""How a chat begins that is one text as Anthropic wrote them (parse_transcript)."""
+_TRANSCRIPT = re.compile(
+    r"\s*\W{0,4}(?:User|Human|Customer|Me|Q)\W{0,2}:(?s:.*)\n\W{0,4}(?:Assistant|AI|Bot|Agent|GPT|A)\W{0,2}:", re.I
+)
 
 
 def decode_json_text(text: str) -> Any:
@@ -213,7 +220,11 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
     if isinstance(value, str):
         decoded = decode_json_text(value)
         if isinstance(decoded, str) or not _is_chat_like(decoded):
+            if _HH_TRANSCRIPT.match(value):
+                chat = parse_transcript(value.replace("\r\n", "\n"))
+                return chat if chat[-1].content or chat[-1].role == "user" else chat[:-1]
             notes["prompts with the marks of a chat template"] += bool(_TEMPLATE_MARKS.search(value))
+            notes["prompts that look like several messages"] += bool(_TRANSCRIPT.match(value))
             return [ChatMessage("user", value)]
         value = decoded
     if isinstance(value, Mapping):
@@ -290,10 +301,13 @@ def _read_message(item: object, notes: Counter[str], shape: ChatShape) -> ChatMe
         and bool(parts)
         and all(isinstance(item_part, Mapping) and item_part.get("type") == "tool_result" for item_part in parts)
     )
+    # Help desks mark what colleagues write to each other.
+    if role == "ignored" or item.get("public") is False or item.get("private") is True:
+        notes["internal notes and events"] += 1
+        return ChatMessage("ignored", None, ids, parent)
     if role == "tool" or is_tool_result:
-        role = "tool"
         notes["tool messages"] += 1
-        return ChatMessage(role, None, ids, parent)
+        return ChatMessage("tool", None, ids, parent)
     for key in _FILE_KEYS:
         if isinstance(files := item.get(key), list):
             notes["images and files"] += len(files)
@@ -303,12 +317,21 @@ def _read_message(item: object, notes: Counter[str], shape: ChatShape) -> ChatMe
     return ChatMessage(role, _read_content(item, notes, shape, is_reply=role == "assistant"), ids, parent)
 
 
+def _get_at(item: Mapping[str, Any], key: str) -> Any:
+    """Value of a key, or of a path of keys such as author.bot; None for none."""
+    first, _, rest = key.partition(".")
+    if key in item or not rest:
+        return item.get(key)
+    inner = decode_value(item.get(first))
+    return _get_at(inner, rest) if isinstance(inner, Mapping) else None
+
+
 def _read_role(item: Mapping[str, Any], shape: ChatShape) -> str:
     # LibreChat writes the model's name as sender, and who wrote the message in a flag.
     if isinstance(by_user := item.get("isCreatedByUser"), bool) and shape.role_key is None:
         return "user" if by_user else "assistant"
     keys = (shape.role_key,) if shape.role_key else _ROLE_KEYS
-    value = next((item[key] for key in keys if item.get(key) is not None), None)
+    value = next((value for key in keys if (value := _get_at(item, key)) is not None), None)
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("role", "type", "name") if isinstance(value.get(key), str)), None)
     if value is None:
@@ -320,7 +343,10 @@ def _read_role(item: Mapping[str, Any], shape: ChatShape) -> str:
 
 
 def _find_role(value: object, shape: ChatShape) -> str | None:
-    return shape.roles.get(str(value)) or _ROLE_ALIASES.get(re.sub(r"[\W_]+", "", str(value).casefold()))
+    # A flag such as author.bot is true or false in a config.
+    return shape.roles.get(str(value).lower() if isinstance(value, bool) else str(value)) or _ROLE_ALIASES.get(
+        re.sub(r"[\W_]+", "", str(value).casefold())
+    )
 
 
 def format_id(value: object) -> str | None:
@@ -337,7 +363,7 @@ def _read_content(
 ) -> str | None:
     """Text of a message; None if it has none (only images or tool calls)."""
     keys = (shape.content_key,) if shape.content_key else _CONTENT_KEYS
-    present = [item[key] for key in keys if key in item]
+    present = [_get_at(item, key) for key in keys if key in item or _get_at(item, key) is not None]
     if not present and not (item.get("tool_calls") or item.get("toolInvocations") or item.get("function_call")):
         raise RowShapeError("a message has none of " + ", ".join(keys))
     # LibreChat leaves `text` empty where the parts are in `content`, and the other way round.
@@ -468,9 +494,9 @@ def split_at_response(
     an assistant has no response (None). Raises RowShapeError if the rated message is missing or not an assistant's.
     """
     if rated_message is None:
-        if not messages or messages[-1].role != "assistant":
+        last = next((message for message in reversed(messages) if message.role != "ignored"), None)
+        if last is None or last.role != "assistant":
             return list(messages), None, False
-        last = messages[-1]
     else:
         by_id = [message for message in messages if rated_message in message.ids]
         # Where ids are numbers, a number that is none of them is no position.

@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, get_args
 
 from rluf.config.data import DataSource
 from rluf.config.objectives import LABELS_KEY_PREFIX
 from rluf.errors import SettingsError
-from rluf.prepare.labels import MISSING_TEXTS, LabelRules, choose_reaction
+from rluf.prepare.labels import BAD_NAME_PATTERN, MISSING_TEXTS, LabelRules, choose_reaction, parse_truth
 from rluf.prepare.readers.chats import (
     SYSTEM_PROMPT_KEYS,
     ChatMessage,
@@ -49,6 +50,9 @@ NOTES_KEY = "_notes"
 RATINGS_NOTE = "ratings of unknown scale"
 """Note on reactions that may be the lowest of five stars or a thumb up."""
 
+BAD_REACTIONS_NOTE = "reactions that seem to be true for bad responses"
+"""Note on true values at a path such as disliked, for which there is no rule."""
+
 _CHAT_COLUMNS = {"message": "id or position of the rated message", "role": "key of a message's role",
                  "content": "key of a message's text"}  # fmt: skip
 """Columns that are no field: they say how to read `messages`."""
@@ -56,10 +60,11 @@ _CHAT_COLUMNS = {"message": "id or position of the rated message", "role": "key 
 _PROMPT_COLUMNS = ("prompt", "completion")
 """Columns of data sets for training: a prompt in place of messages, and a completion in place of a response."""
 
-_LABEL_WORDS = dict.fromkeys(("safe", "harmless", "good", "true", "yes"), 1) | dict.fromkeys(
-    ("unsafe", "harmful", "toxic", "bad", "false", "no"), 0
+_LABEL_WORDS = dict.fromkeys(("safe", "harmless", "unharmful", "good"), 1) | dict.fromkeys(
+    ("unsafe", "harmful", "toxic", "bad"), 0
 )
-_BAD_LABEL = re.compile(r"toxic|harm(?!less)|unsafe|flagged|violat|nsfw|hate|abus|insult|threat|jailbreak", re.I)
+_UNNAMED_STEPS = re.compile(r"(?:\.(?:\*|-?\d+|value|score|label|result|avg|mean))+$")
+"""Last steps of a path that do not say what the value is: toxicity.value is a toxicity."""
 FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 
 ROUNDED_ID_PATTERN = r"\d([.,]\d+)?[eE]\+\d{2}"
@@ -114,7 +119,7 @@ def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
         # The name may have dots itself: attributes.key=user.id.value
         for end in range(1, len(steps) + 1):
             key, _, wanted = ".".join(steps[:end]).partition("=")
-            matches = [item for item in value if isinstance(item, Mapping) and str(item.get(key)) == wanted]
+            matches = [item for item in value if isinstance(item, Mapping) and format_scalar(item.get(key)) == wanted]
             if matches and (result := _get_by_steps(matches[-1], steps[end:])) is not None:
                 return result
         return None
@@ -123,7 +128,37 @@ def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
     return None
 
 
-_REACTION_KEYS = ("name", "rating", "value", "score", "emoji", "reaction", "type")
+_PAGE_KEYS = ("data", "conversations", "results", "items", "runs", "traces")
+"""Keys of the list in a page of an API's answer."""
+
+
+def find_page(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> list[Any] | None:
+    """Rows in an object that is the answer of an API, or a whole file; None for a row.
+
+    With columns, any list of objects is one where no path leads to a value of the object itself.
+    """
+    if columns is None:
+        pages = [row[key] for key in _PAGE_KEYS if isinstance(row.get(key), list) and "id" not in row][:1]
+    else:
+        pages = [value for value in row.values() if isinstance(value, list) and value]
+        paths = [path.removeprefix("!") for path in columns.values() if path[:1] not in ("=", "#")]
+        if len(pages) != 1 or not paths or any(get_by_path(row, path) is not None for path in paths):
+            return None
+    return pages[0] if pages and all(isinstance(entry, dict) for entry in pages[0]) else None
+
+
+def format_scalar(value: Any) -> str:
+    """A value as a config writes it: 4.0 is 4, also as a text, and a truth value is true or false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.15g}" if isinstance(value, float) else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
+
+
+_REACTION_KEYS = (
+    "name", "rating", "value", "score", "emoji", "emoji_name", "reaction", "reactionType", "reaction_type", "type",
+)  # fmt: skip
+_WITHDRAWN_KEYS = ("removed", "deleted", "retracted", "removed_at", "deleted_at", "retracted_at")
+"""Keys that are true, or a time, in a reaction that no longer exists."""
 
 
 def name_reactions(value: object) -> list[str]:
@@ -140,7 +175,7 @@ def name_reactions(value: object) -> list[str]:
     if isinstance(value, list):
         return [name for item in order_by_time(value) for name in name_reactions(item)]
     if isinstance(value, Mapping):
-        if not value or value.get("count") in (0, "0"):
+        if not value or _is_withdrawn(value):
             return []
         if any(key in value for key in _REACTION_KEYS):
             return name_reactions(next((value[key] for key in _REACTION_KEYS if value.get(key) is not None), None))
@@ -154,7 +189,19 @@ def name_reactions(value: object) -> list[str]:
     raise RowShapeError(f"expected a reaction, got {type(value).__name__}")
 
 
-_EVENT_TIME_KEYS = ("updated_at", "updatedAt", "created_at", "createdAt", "timestamp", "time", "date", "ts")
+def _is_withdrawn(reaction: Mapping[str, Any]) -> bool:
+    """Whether an object says that nobody has this reaction: none counted, not active, taken back, or a name that is
+    false."""
+    flags = ("count", "active", *(("value", "score") if reaction.get("name") is not None else ()))
+    if any(parse_truth(reaction.get(key)) is False for key in flags):
+        return True
+    return any(reaction.get(key) and parse_truth(reaction[key]) is not False for key in _WITHDRAWN_KEYS)
+
+
+_EVENT_TIME_KEYS = (
+    "updated_at", "updatedAt", "created_at", "createdAt", "createdDateTime", "create_at", "timestamp", "time", "date",
+    "ts",
+)  # fmt: skip
 
 
 def order_by_time(items: Sequence[Any]) -> list[Any]:
@@ -194,10 +241,10 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     if name == "finish_reason" or name.endswith("_finish_reason"):
         return FINISH_REASONS.get(str(value).lower())
     if "bool" in annotation:
-        return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower(), value)
+        return value if (truth := parse_truth(value)) is None else truth
     if name == "label":
-        number = _LABEL_WORDS.get(str(value).strip().lower(), value)
-        return int(number) if str(number) in ("0", "1", "0.0", "1.0") else number
+        truth = parse_truth(value)
+        return _LABEL_WORDS.get(str(value).strip().lower(), value) if truth is None else int(truth)
     if record_type.model_fields[name].annotation is int:
         is_whole = isinstance(value, str | float) and re.fullmatch(r"\d+(\.0)?", str(value))
         return int(float(value)) if is_whole else value
@@ -213,23 +260,45 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted
 
 
+def _find_value(row: Mapping[str, Any], path: str) -> tuple[Any, str]:
+    """Value of the first alternative of a path that leads to one, and that alternative with its ! for bad."""
+    if path == "#":
+        return hash_row(row), path
+    for alternative in [path] if path.startswith("=") else path.split("|"):
+        value = get_by_path(row, alternative.removeprefix("!"))
+        if value is not None:
+            return value, alternative
+    return None, path
+
+
+def _is_bad_name(path: str) -> bool:
+    """Whether a path leads to a field whose name says that it is true for a bad response."""
+    return BAD_NAME_PATTERN.search(_UNNAMED_STEPS.sub("", path).rpartition(".")[2]) is not None
+
+
 def _normalize_label(value: object, path: str) -> object:
     """A label that is 1 for good: a path that begins with ! leads to numbers or truth values that are 1 for bad."""
-    is_number = isinstance(value, int | float) or str(value).strip().lower() in (
-        "0",
-        "1",
-        "0.0",
-        "1.0",
-        "true",
-        "false",
-    )
+    truth = parse_truth(value)
     if not path.startswith("!"):
-        if is_number and _BAD_LABEL.search(path.rpartition(".")[2]):
+        if (truth is not None or isinstance(value, int | float)) and _is_bad_name(path):
             raise RowShapeError(f"label: {path} seems to be 1 for bad, but a label is 1 for good; write !{path}"[:110])
         return value
-    if not is_number:
-        raise RowShapeError(f"label: {path} leads to a text, and ! only turns numbers and truth values round"[:110])
-    return int(str(value).strip().lower() in ("0", "0.0", "false"))
+    if truth is None:
+        raise RowShapeError(f"label: {path} leads to no truth value, and ! only turns 0 and 1 round"[:110])
+    return int(not truth)
+
+
+def _normalize_reaction(value: object, path: str, rules: LabelRules, notes: Counter[str]) -> object:
+    """A reaction; that of a path that begins with ! is a thumb down where the value is true, and none where it is
+    false."""
+    truth = parse_truth(value)
+    if path.startswith("!"):
+        if truth is None:
+            raise RowShapeError(f"reaction: {path} leads to no truth value, and ! only turns 0 and 1 round"[:110])
+        return "thumbs_down" if truth else None
+    if truth and _is_bad_name(path):
+        notes[BAD_REACTIONS_NOTE] += not any(map(rules.has_rule, name_reactions(value)))
+    return value
 
 
 @dataclass(frozen=True)
@@ -249,6 +318,12 @@ class RowConverter:
         """Record of the kind."""
         return find_data_kind(self.kind_name).record_type
 
+    @cached_property
+    def _system_prompt_keys(self) -> list[str]:
+        """Keys of a system prompt next to the messages that no path reads."""
+        steps = {step.partition(".")[0] for path in self.columns.values() for step in path.split("|")}
+        return [key for key in SYSTEM_PROMPT_KEYS if key not in steps]
+
     def read_row(self, row: Mapping[str, Any]) -> ReaderRow | SkippedRow:
         """The row in rluf's schema; what it lacks stays absent. Raises RowShapeError."""
         notes: Counter[str] = Counter()
@@ -256,22 +331,23 @@ class RowConverter:
         fields = {name: row[name] for name in field_names if row.get(name) is not None and name not in _CHAT_COLUMNS}
         for name, path in self.columns.items():
             path, _, time_format = path.partition(" as ") if name == "time" else (path, "", "")
-            value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
+            value, path = _find_value(row, path)
             if time_format and value is not None:
                 try:
                     value = parse_time(str(value), time_format)
                 except ValueError as error:
                     raise RowShapeError(f"time: a time is not in the format {time_format.strip()}"[:110]) from error
+            self.path_counts[name] += value is not None
             if name == "label" and value is not None:
                 value = _normalize_label(value, path)
-            self.path_counts[name] += value is not None
+            if name == "reaction" and value is not None:
+                value = _normalize_reaction(value, path, self.rules, notes)
             fields.pop(name, None)
             if value is not None:
                 fields[name] = value
         self.path_counts[""] += 1
-        if not self.columns:  # a data set for training, such as TRL's
-            is_text = [isinstance(row.get(key), str) and bool(row[key]) for key in SYSTEM_PROMPT_KEYS]
-            notes["system prompts next to their messages"] += any(is_text)
+        others = [row.get(key) for key in self._system_prompt_keys]
+        notes["system prompts next to their messages"] += any(isinstance(text, str) and text for text in others)
         # A row without reaction has no rated message; its response is the last one.
         is_missing_message = "message" in self.columns and "message" not in fields
         if is_missing_message and name_reactions(fields.get("reaction")):
@@ -287,7 +363,7 @@ class RowConverter:
         return {name: value for name, value in typed.items() if value is not None} | {NOTES_KEY: dict(+notes)}
 
     def repair(self, row_json: bytes) -> tuple[bytes | None, Counter[str]]:
-        """A rejected row of rluf's own names with its nulls, numeric ids and training shapes converted; None if none.
+        """A rejected row of rluf's own names with its nulls, numbers and training shapes converted; None if none.
 
         Raises RowShapeError for a row in a training shape that has no meaning.
 
@@ -295,7 +371,7 @@ class RowConverter:
         """
         notes: Counter[str] = Counter()
         try:
-            row = json.loads(row_json)
+            row = json.loads(row_json, parse_constant=lambda _: None)
             if not isinstance(row, dict):
                 return None, notes
             is_pair_of_chats = any(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
@@ -314,9 +390,14 @@ class RowConverter:
             name: value for name, value in row.items()
             if value is not None or name not in model_fields or model_fields[name].is_required()
         }  # fmt: skip
-        for name in _ID_FIELDS & repaired.keys():
-            if isinstance(value := repaired[name], int | float) and not isinstance(value, bool):
-                repaired[name] = normalize_value(name, value, self.record_type, notes)
+        if repaired.get("turn", 0) is None:
+            del repaired["turn"]
+        for name in model_fields.keys() & repaired.keys():
+            is_number = isinstance(value := repaired[name], int | float) and not isinstance(value, bool)
+            annotation = model_fields[name].annotation
+            is_count = int in (annotation, *get_args(annotation)) and isinstance(value, float) and value.is_integer()
+            if is_number and (name in _ID_FIELDS or is_count):
+                repaired[name] = int(value) if is_count else normalize_value(name, value, self.record_type, notes)
         messages = repaired.get("messages")
         if "turn" in model_fields and "turn" not in repaired and isinstance(messages, list):
             roles = [message.get("role") for message in messages if isinstance(message, dict)]
@@ -332,10 +413,10 @@ class RowConverter:
         if "prompt" in fields and "messages" not in fields:
             # A row of TRL's KTO data: a prompt, a completion and a label; without user, each row is a user of its own.
             row_id = hash_row(row)
-            label = str(row.get("label")).lower()
             defaults: ReaderRow = {"id": row_id, "user_id": row_id, "time": UNKNOWN_TIME, "conversation_id": row_id}
             if "label" in row and "reaction" not in fields:
-                defaults["reaction"] = {"true": "thumbs_up", "false": "thumbs_down"}.get(label, row["label"])
+                truth = parse_truth(row["label"])
+                defaults["reaction"] = row["label"] if truth is None else "thumbs_up" if truth else "thumbs_down"
             fields = defaults | fields
         chat = self._read_context(fields, notes)
         if "message" in fields or ("response" not in fields and "completion" not in fields):
@@ -452,11 +533,20 @@ def check_columns(kind_name: str, columns: Mapping[str, str], setting: str) -> N
             f"{setting}.reaction: {columns['reaction']!r} reads the reactions to all messages of a chat, but a row is "
             "one response; write a row for each rated message, or a reader (package.module:function) that returns them"
         )
+    position = re.match(re.escape(messages_path) + r"\.(?!-1\.)(-?\d+)\.", columns.get("reaction", ""))
+    if position and "message" not in columns:
+        raise SettingsError(
+            f"{setting}.reaction: {columns['reaction']!r} reads the reaction to message {position[1]} of a chat, but "
+            f"the response is the last one; add message: ={position[1]}"
+        )
     for name, path in columns.items():
         if name not in known:
             close_names = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close_names[0]}?" if close_names else f"fields: {', '.join(known)}"
             raise SettingsError(f"{setting}.{name}: a row of data.{kind_name} has no field {name}; {hint}")
+        others = [step for step in path.split("|")[1:] if not step.startswith(("!", "="))]
+        if path.startswith("!") and others:
+            raise SettingsError(f"{setting}.{name}: {path!r} turns only its first path round; write {others[0]} first")
         if not path:
             raise SettingsError(f"{setting}.{name}: empty path; write a path such as {name}: fields.{name}")
 
@@ -474,71 +564,3 @@ def build_converter(
     columns = {name: path for name, path in paths.items() if name not in ("role", "content")}
     shape = ChatShape(entry.columns.get("role"), entry.columns.get("content"), entry.roles)
     return RowConverter(kind_name, columns, shape, rules, contradictions, test_share, Counter())
-
-
-_CONDITION = re.compile(r"(!=|>=|<=|>|<)\s*(.*)", re.DOTALL)
-
-
-def find_failed_condition(
-    where: Mapping[str, Any], raw_row: Mapping[str, Any], row: Mapping[str, Any], path_counts: Counter[str]
-) -> str | None:
-    """Path of the first condition that a row does not meet; None if it meets all.
-
-    A field of rluf has its converted value; any other path leads into the raw row. `path_counts` counts the rows in
-    which each path led to a value, as `where <path>`.
-    """
-    for path, condition in where.items():
-        value = row[path] if path in row else get_by_path(raw_row, path)
-        path_counts[f"where {path}"] += value is not None
-        conditions = list(condition) if isinstance(condition, list | tuple) else [condition]
-        excluded = [item for item in conditions if isinstance(item, str) and item.startswith("!=")]
-        wanted = [item for item in conditions if item not in excluded]
-        if not all(_is_met(item, value) for item in excluded):
-            return path
-        if wanted and not any(_is_met(item, value) for item in wanted):
-            return path
-    return None
-
-
-def _is_met(condition: Any, value: Any) -> bool:
-    if condition is None:
-        return value is None
-    if value is None:
-        return isinstance(condition, str) and condition.startswith("!=") and condition[2:].strip() != "null"
-    if isinstance(condition, bool) and not isinstance(value, list):
-        # Databases and spreadsheets write truth values as numbers, t and f, or True and False.
-        return str(value).strip().lower() in (("true", "t", "1", "1.0") if condition else ("false", "f", "0", "0.0"))
-    match = _CONDITION.fullmatch(condition) if isinstance(condition, str) else None
-    if match is None:
-        return _is_match(_to_text(condition), value)
-    sign, text = match.groups()
-    if sign == "!=":
-        return not _is_match(text, value)
-    left, right = _to_comparable(value), _to_comparable(text)
-    if type(left) is not type(right):
-        return False
-    return bool({">=": left >= right, "<=": left <= right, ">": left > right, "<": left < right}[sign])
-
-
-def _is_match(pattern: str, value: Any) -> bool:
-    """Whether a value is the pattern, in which * stands for any text; of an array, whether an item is."""
-    if isinstance(value, list):
-        return any(_is_match(pattern, item) for item in value)
-    if pattern == "null":
-        return value is None
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), _to_text(value), re.DOTALL) is not None
-
-
-def _to_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _to_comparable(value: Any) -> Any:
-    """A number, a time, or a text, for comparison with another of the same type."""
-    if isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value)):
-        return float(value)
-    time = normalize_time(value)
-    try:
-        return datetime.fromisoformat(str(time))
-    except ValueError:
-        return str(value)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
+from rluf.prepare.labels import parse_truth
 from rluf.prepare.readers.chats import decode_value, parse_transcript, to_records
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.prepare.splits import assign_split
@@ -254,8 +255,8 @@ def _read_beavertails(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
     category = json.loads(category) if isinstance(category, str) else category
     categories = [name for name, is_harm in category.items() if is_harm]
     for response_key, label_key in key_pairs:
-        label = {"true": True, "false": False}.get(str(row[label_key]).lower(), row[label_key])
-        if not isinstance(label, bool | int):
+        label = parse_truth(row[label_key])
+        if label is None:
             raise TypeError("a label of safety must be true or false")
         topic = categories[0] if categories else "safe" if label else "other"
         items.append({

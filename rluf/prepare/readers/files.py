@@ -124,6 +124,8 @@ def _get_compression(path: str) -> str | None:
 
 def _decompress_stream(path: str, file: BinaryIO) -> BinaryIO:
     compression = _get_compression(path)
+    if compression and not cast(io.BufferedReader, file).peek(1):
+        raise EOFError("the file is empty")  # compressed, even no data takes some bytes
     if compression == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if compression == "bzip2":
@@ -190,14 +192,16 @@ def _is_cut_object(line: bytes) -> bool:
 
 def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
     with _open_binary(path) as file:
-        chunks = _read_chunks(_decompress_stream(path, file))
         try:
+            chunks = _read_chunks(_decompress_stream(path, file))
             first_chunk = next(chunks, b"")
         except (EOFError, zlib.error, OSError) as error:
             yield [RawLine(1, b"", _describe_broken_file(path, error))]
             return
         chunks = chain([first_chunk], chunks)
         first_text = first_chunk.removeprefix(codecs.BOM_UTF8).lstrip()
+        if first_text.rstrip() == b"[]":
+            return
         # A line that is a complete array is a bad row of a file of lines; an array of objects spans the file.
         first_line, _, second_line = first_text.partition(b"\n")
         # Objects may also be printed over several lines, or separated by commas.

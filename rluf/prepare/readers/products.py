@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from rluf.prepare.labels import BAD_NAME_PATTERN, parse_truth
 from rluf.prepare.readers.chats import (
     ChatMessage,
     RowShapeError,
@@ -148,7 +149,7 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         winner = re.sub(r"\W+", "_", str(row["winner"]).strip().lower())
     else:
         # Arena 55k: a column for each outcome.
-        winners = [name for name in ("model_a", "model_b", "tie") if str(row[f"winner_{name}"]) in ("1", "1.0", "True")]
+        winners = [name for name in ("model_a", "model_b", "tie") if parse_truth(row[f"winner_{name}"])]
         winner = winners[0] if len(winners) == 1 else "none"
     if winner.startswith(("tie", "both")):
         return [SkippedRow("tie")]
@@ -240,6 +241,9 @@ def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     return _expand_chat(messages, {"conversation_id": str(conversation_id), "user_id": str(user_id)}, read_turn)
 
 
+_THUMBS = {True: "thumbs_up", False: "thumbs_down"}
+
+
 def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A chat of UIMessages (Vercel AI SDK); votes of the template's table come from data.reactions (vercel_votes)."""
     chat_id = str(get_any(row, "id", "chatId"))
@@ -253,7 +257,7 @@ def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         return {
             "id": message_id, "time": time,
             "model_version": str(get_by_path(message, "metadata.model|model") or row.get("model") or "unknown"),
-            "reaction": {True: "thumbs_up", False: "thumbs_down"}.get(vote, vote) if isinstance(vote, bool) else vote,
+            "reaction": vote if (is_upvoted := parse_truth(vote)) is None else _THUMBS[is_upvoted],
         }  # fmt: skip
 
     base = {"conversation_id": chat_id, "user_id": str(get_any(row, "userId", "user_id") or chat_id)}
@@ -262,14 +266,12 @@ def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
 
 def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     message_id, is_upvoted = str(get_any(row, "messageId", "message_id")), get_any(row, "isUpvoted", "is_upvoted")
-    if not isinstance(is_upvoted, bool):
-        is_upvoted = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[
-            str(is_upvoted).lower().removesuffix(".0")
-        ]
+    if (truth := parse_truth(is_upvoted)) is None:
+        raise RowShapeError("isUpvoted is no truth value")
     # The template's table of votes has no time.
     notes = Counter[str]()
     time = normalize_time(get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME, notes)
-    reaction = "thumbs_up" if is_upvoted else "thumbs_down"
+    reaction = _THUMBS[truth]
     return [{"id": hash_parts("vote", message_id, reaction, str(time)), "response_id": message_id, "time": time,
              "reaction": reaction, NOTES_KEY: dict(notes)}]  # fmt: skip
 
@@ -293,7 +295,7 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
         return [SkippedRow("no assistant message")]
     answers = [
         (answer.get("user_id"), question, answer["value"])
-        for question, answers_of_question in _list_argilla_answers(responses or {})
+        for question, answers_of_question in _list_argilla_answers(responses or {}, notes)
         for answer in answers_of_question
         if answer.get("status", "submitted") == "submitted" and not isinstance(answer["value"], list | Mapping)
     ]
@@ -323,7 +325,7 @@ def _join_argilla_columns(columns: Mapping[str, Any]) -> dict[str, list[dict[str
     return answers
 
 
-def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
+def _list_argilla_answers(responses: Any, notes: Counter[str]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
     """Answers by question, of either form of Argilla's export; text questions and rankings have no single value."""
     if isinstance(responses, Mapping):
         by_question = [
@@ -336,7 +338,10 @@ def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[st
             for name, answer in (response["values"] or {}).items()
         ]
     is_rating = re.compile(r"rating|score|stars|label|feedback|quality|preference|helpful", re.IGNORECASE)
-    return [(name, answers) for name, answers in by_question if is_rating.search(name)]
+    ratings = [item for item in by_question if is_rating.search(item[0]) and not BAD_NAME_PATTERN.search(item[0])]
+    notes["answers to questions that are no rating"] += sum(len(answers) for _, answers in by_question)
+    notes["answers to questions that are no rating"] -= sum(len(answers) for _, answers in ratings)
+    return ratings
 
 
 def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -348,9 +353,14 @@ def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     ]
     notes: Counter[str] = Counter()
     rating, messages = row.get("conversation_rating") or {}, list[ChatMessage]()
-    rated_author = str(get_by_path(rating, "teammate.id"))
+    rated_author, author_key = str(get_by_path(rating, "teammate.id")), "id"
+    if rating.get("rating") is None and isinstance(row.get("ai_agent"), Mapping):
+        # The rating of Intercom's own bot, where customers did not rate a teammate.
+        rating, rated_author, author_key = row["ai_agent"], "bot", "type"
     is_rated = [
-        str(entry["author"].get("id")) == rated_author and bool(entry.get("body")) and entry.get("part_type") != "note"
+        str(entry["author"].get(author_key)) == rated_author
+        and bool(entry.get("body"))
+        and entry.get("part_type") != "note"
         for entry in entries
     ]
     if any(is_rated):
@@ -390,9 +400,10 @@ def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     raw_messages = [
         {**m, "text": text}
         for m, text in zip(row["messages"], texts, strict=True)
-        if text and m.get("subtype") in (None, "bot_message", "thread_broadcast")
+        if text and m.get("subtype") in (None, "bot_message", "thread_broadcast", "file_share", "me_message")
     ]
     notes["messages without text"] += len(row["messages"]) - len(raw_messages)
+    notes["images and files"] += sum(len(m.get("files") or ()) for m in raw_messages)
     channel = str(get_any(row, "channel", "channel_id") or "")
     thread_id = f"{channel}-{get_any(row, 'thread_ts', 'ts') or row['messages'][0]['ts']}"
     is_bot = [bool(m.get("bot_id") or m.get("bot_profile")) or m.get("subtype") == "bot_message" for m in raw_messages]

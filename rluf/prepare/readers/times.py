@@ -11,8 +11,8 @@ from zoneinfo import ZoneInfo
 
 from rluf.prepare.readers.chats import decode_json_text
 
-_TIME_KEYS = ("$date", "$numberLong", "$timestamp", "t", "_seconds", "seconds", "value")
-"""Keys of a time that is an object, as MongoDB, Firestore and protobuf write it."""
+_TIME_KEYS = ("$date", "$numberLong", "$timestamp", "t", "_seconds", "seconds", "value", "iso")
+"""Keys of a time that is an object, as MongoDB, Firestore, protobuf and Parse write it."""
 
 _EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """Lowest magnitude of epoch times in nano-, micro- and milliseconds, and units per second; below are seconds."""
@@ -21,6 +21,8 @@ NUMERIC_DATE_PATTERN = re.compile(r"\s*\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}(?!\d)")
 """A date such as 03/04/2025, which is in April in some countries and in March in others."""
 
 _YEAR_FIRST = re.compile(r"(\d{4})\s?(?:[/.年-]|년)\s?(\d{1,2})\s?(?:[/.月-]|월)\s?(\d{1,2})(?:日|일|\.)?(?!\d)")
+_DATE_WORD = re.compile(r"(?:mon|tue|wed|thu|fri|sat|sun|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*", re.I)
+_DOTNET_TIME = re.compile(r"/Date\((\d+)(?:[+-]\d{4})?\)/")
 _ZONE_NAME = re.compile(r"(?<=\d)\s?((?:[A-Z][A-Za-z_]+)/[A-Za-z_/+-]+)$")
 
 
@@ -35,6 +37,8 @@ def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
     if isinstance(value, Mapping):
         inner = next((value[key] for key in _TIME_KEYS if key in value), None)
         return value if inner is None else normalize_time(inner, notes)
+    if isinstance(value, str) and (match := _DOTNET_TIME.fullmatch(value.strip())):
+        value = match[1]
     if isinstance(value, str) and re.fullmatch(r"\d{9,19}(\.\d+)?|\d\.\d{1,20}[eE]\+?(09|9|1[0-8])", value.strip()):
         value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -49,8 +53,8 @@ def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
     text, zone_names = re.subn(r"\s*\b(?:UTC|GMT|Z)$", "", text)
     text, zone = _split_zone(text)
     # The parser of RFC 2822 would ignore the half of the day.
-    half_day = re.search(r"(?<=\d)\s?([AP])\.?M\.?$", text, re.IGNORECASE)
-    text = text[: half_day.start()] if half_day else text
+    half_day = re.search(r"(?<=\d)\s?([AP])\.?M\.?(?=\s|$)", text, re.IGNORECASE)
+    text = text[: half_day.start()] + text[half_day.end() :] if half_day else text
     parsed = _parse_text(text)
     if parsed is None:
         return value
@@ -86,9 +90,12 @@ def _parse_text(text: str) -> datetime | None:
     # The parser of RFC 2822 needs a time of day.
     for candidate in (text, f"{text.rstrip(',')} 00:00:00"):
         try:
-            return parsedate_to_datetime(candidate)
+            parsed = parsedate_to_datetime(candidate)
         except (ValueError, TypeError):
             continue
+        # The parser ignores zones that it does not know (CET), and so would read them as UTC.
+        words = re.findall(r"[^\W\d_]+", candidate) if parsed.tzinfo is None else []
+        return parsed if all(map(_DATE_WORD.fullmatch, words)) else None
     return None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from rluf.prepare.labels import parse_number
+from rluf.prepare.labels import BAD_NAME_PATTERN, parse_number, parse_truth
 from rluf.prepare.readers.chats import (
     ChatMessage,
     count_user_turns,
@@ -37,11 +37,15 @@ from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions,
 from rluf.prepare.readers.times import normalize_time
 
 _USER_SCORE_NAMES = re.compile(
-    r".*(feedback|rating|thumb|reaction|love|heart|vote|csat|nps|stars?$)|(negative|positive|user)*(score|(dis)?like)s?$"
+    r".*(feedback|rating|thumb|reaction|love|heart|vote|csat|nps|stars?$)|"
+    r"(negative|positive|user|is)*(score|(dis)?like)[sd]?$"
 )
 """Scores of Langfuse and LangSmith that are reactions of users, without separators; others are evaluations."""
 
-_REACTION_METADATA = re.compile(r"(user|customer|human)?(feedback|rating|thumbs?|reaction|vote|csat|nps|stars?|like)")
+_REACTION_METADATA = re.compile(
+    r"(is|user|customer|human|positive|negative)*(feedback|rating|thumbs?|reaction|(up|down)?voted?|csat|nps|stars?|"
+    r"(dis)?liked?|loved?|heart(ed)?)(up|down|score|value|rating)?"
+)
 """Names of metadata that are a reaction, without separators; feedback_id is none."""
 
 _PROMPT_KEYS = (
@@ -95,7 +99,7 @@ def _list_reactions(row: Mapping[str, Any], metadata: Mapping[str, Any], notes: 
     value_by_name |= {
         name: value for name, value in metadata.items() if _REACTION_METADATA.fullmatch(_normalize_key(name))
     }
-    names = {name: name_reactions(value) for name, value in value_by_name.items()}
+    names = {name: name_reactions(_normalize_score(name, value)) for name, value in value_by_name.items()}
     notes[RATINGS_NOTE] += any("rating" in name.lower() and names[name] for name in names)
     notes["several reactions in one row"] += sum(map(len, names.values())) > 1
     return [reaction for reactions in names.values() for reaction in reactions]
@@ -112,6 +116,15 @@ def _is_user_score_name(name: object) -> bool:
 
 def _normalize_key(name: object) -> str:
     return re.sub(r"[\W_]+", "", str(name).lower())
+
+
+def _normalize_score(name: object, value: Any) -> Any:
+    """A reaction, where the name of a score may say that it is true or above 0 for a bad response."""
+    number = parse_number(str(value).strip())
+    is_positive = parse_truth(value) if number is None else number > 0
+    if is_positive is None or not BAD_NAME_PATTERN.search(str(name)):
+        return value
+    return "thumbs_down" if is_positive else None
 
 
 def _read_inputs(inputs: Any, notes: Counter[str]) -> list[ChatMessage]:
@@ -177,7 +190,7 @@ def _read_score(score: Mapping[str, Any]) -> str | float | None:
     if value is None and str(text).lower() not in ("true", "false"):
         return None  # also a comment, of the type TEXT
     number = float(value) if value is not None else float(str(text).lower() == "true")
-    if re.search(r"negative|down|dislike", name):
+    if BAD_NAME_PATTERN.search(name):
         return "thumbs_down" if number else None
     if number == 0 and any(word in name for word in ("love", "heart", "like")):
         return None
@@ -273,8 +286,10 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     user_stats = {name: entry for name, entry in stats.items() if _is_user_score_name(name)}
     notes["scores that are not a user's"] += len(stats) - len(user_stats)
     means = [
-        entry["avg"] if entry.get("avg") is not None else max(entry["values"], key=entry["values"].get)
-        for entry in user_stats.values()
+        _normalize_score(
+            name, entry["avg"] if entry.get("avg") is not None else max(entry["values"], key=entry["values"].get)
+        )
+        for name, entry in user_stats.items()
         if entry.get("avg") is not None or entry.get("values")
     ]
     notes["several reactions in one row"] += len(means) > 1
@@ -298,7 +313,8 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
 
 def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A row of the feedback table: a user's, unless its source is an evaluator."""
-    source, reaction = decode_value(row.get("feedback_source")), get_any(row, "score", "value")
+    source = decode_value(row.get("feedback_source"))
+    reaction = _normalize_score(row.get("key"), get_any(row, "score", "value"))
     if isinstance(source, Mapping) and source.get("type") in ("model", "auto_eval"):
         return [SkippedRow("score is not a user's")]
     if reaction is None or row["run_id"] is None:
