@@ -31,6 +31,8 @@ MIN_ESS_SHARE = 0.05
 """Minimum effective sample size as a share of the rows."""
 MIN_EFFECTIVE_ROWS = 30.0
 """Minimum effective sample size in rows: fewer give no interval to rely on."""
+MAX_LOGPROB = 1e-3
+"""Largest log-probability that rounding explains."""
 MAX_MEAN_WEIGHT_ERRORS = 4.0
 """Standard errors by which the mean weight may differ from its expectation, 1."""
 
@@ -165,27 +167,21 @@ def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = N
 
     from rluf.errors import DataError
     from rluf.evaluate.event_columns import ColumnSource, parse_numbers, parse_texts, read_columns
-    from rluf.evaluate.events import apply_late_reactions
-    from rluf.prepare.readers.feedback_folder import list_row_files
     from rluf.prepare.schema import LOVE_REACTION
 
     names = ["id", "user_id", "reaction", "response_logprob"]
     if policy is not None:
         names += ["messages", "response", "finish_reason", "temperature", "response_tokens"]
-    rows: dict[str, list[Any]] = {name: [] for name in names}
-    for file in list_row_files(data):
-        columns, _ = read_columns(file, names)
-        count = len(columns.get("id", []))
-        for name in names:
-            rows[name] += columns.get(name, [None] * count)
-    apply_late_reactions(rows, [data])
+    rows = _read_rows(data, names)
     score_columns: dict[str, list[Any]] = {}
     positions: dict[str | None, int] = {}
     if scores is not None:
         score_columns, _ = read_columns(scores, ("id", "target_logprob", "value", "target_value"))
         if "id" not in score_columns or (policy is None and "target_logprob" not in score_columns):
             raise DataError(f"{scores}: expected the columns id and target_logprob")
-        positions = {row_id: i for i, row_id in enumerate(parse_texts(score_columns["id"], ColumnSource(scores, "id")))}
+        for i, row_id in enumerate(parse_texts(score_columns["id"], ColumnSource(scores, "id"))):
+            if positions.setdefault(row_id, i) != i:
+                ColumnSource(scores, "id").raise_error(i, row_id, "expected one row for each response")
 
     def get_score(name: str) -> Floats:
         """Column of the scores in the log's order; NaN where there is none."""
@@ -203,7 +199,10 @@ def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = N
             policy, [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
         )
         target_logprobs = np.array([score_by_id.get(row_id, np.nan) for row_id in rows["id"]])
-    log_ratios = target_logprobs - parse_numbers(rows["response_logprob"], ColumnSource(data, "response_logprob"))
+    logged_logprobs = parse_numbers(rows["response_logprob"], ColumnSource(data, "response_logprob"))
+    _check_logprobs(data, "response_logprob", logged_logprobs)
+    _check_logprobs(scores, "target_logprob", target_logprobs)
+    log_ratios = target_logprobs - logged_logprobs
     # Rows without a user cannot be clustered, and impressions of one user are not independent.
     is_used = np.isfinite(log_ratios) & np.array([user is not None for user in rows["user_id"]], dtype=bool)
     if not is_used.any():
@@ -224,6 +223,40 @@ def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = N
         "dropped_rows": int((~is_used).sum()),
         "rows_without_values": int((~has_value).sum()) if has_any_value else 0,
     }
+
+
+def _read_rows(data: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a log with the present reactions, each row once."""
+    from rluf.evaluate.event_columns import read_columns
+    from rluf.evaluate.events import apply_late_reactions
+    from rluf.prepare.readers.feedback_folder import list_row_files
+
+    rows: dict[str, list[Any]] = {name: [] for name in names}
+    for file in list_row_files(data):
+        columns, _ = read_columns(file, names)
+        count = len(columns.get("id", []))
+        for name in names:
+            rows[name] += columns.get(name, [None] * count)
+    # A merged file of a store may be next to the files that it is about to replace.
+    first_rows: dict[Any, int] = {}
+    for i, row_id in enumerate(rows["id"]):
+        first_rows.setdefault((i,) if row_id is None else row_id, i)
+    rows = {name: [values[i] for i in first_rows.values()] for name, values in rows.items()}
+    apply_late_reactions(rows, [data])
+    return rows
+
+
+def _check_logprobs(path: Path | None, name: str, logprobs: Floats) -> None:
+    """Raise DataError for a column with probabilities or losses in place of log-probabilities."""
+    import numpy as np
+
+    from rluf.errors import DataError
+
+    if (logprobs > MAX_LOGPROB).any():
+        raise DataError(
+            f"{path}: column {name!r}: expected log-probabilities, which are at most 0, got {np.nanmax(logprobs):g}; "
+            "take the logarithm of a probability, or the negative of a loss"
+        )
 
 
 def format_off_policy_report(report: OffPolicyReport) -> str:

@@ -27,6 +27,7 @@ from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
+from rluf.serve.client_fields import NEUTRAL_CHAT_VALUES, drop_neutral_fields
 from rluf.serve.store_events import FeedbackEvent, PreferenceEvent
 from rluf.types import Message, Score, ScoringItem
 from rluf.utils.hashing import hash_user_id, is_response_of_user, is_signed_response_id
@@ -272,7 +273,7 @@ class FeedbackContext(RequestModel):
     arm: IdentifierText | None = None
     temperature: float | None = Field(strict=True, default=None, ge=0, allow_inf_nan=False)
     response_tokens: int | None = Field(strict=True, default=None, ge=0, le=1_000_000_000)
-    response_logprob: float | None = Field(strict=True, default=None, allow_inf_nan=False)
+    response_logprob: float | None = Field(strict=True, default=None, le=0, allow_inf_nan=False)
 
     @field_validator("time")
     @classmethod
@@ -285,8 +286,8 @@ class FeedbackContext(RequestModel):
 class FeedbackRequest(RequestModel):
     """A user's reaction to the response `id`; null withdraws a reaction, or with `record` reports that there was none.
 
-    For a response from this service, `user` must be that of the chat request; for any other response, `record`
-    describes it. Repeating a request changes nothing.
+    For a response from this service, `user` must be that of the chat request; any other response is described by
+    `record`, whose `user_id` a `user` must equal. Repeating a request changes nothing.
     """
 
     id: IdentifierText
@@ -348,20 +349,6 @@ class ErrorReply(ResponseModel):
     error: ErrorDetail
 
 
-def drop_neutral_fields(values: Any, neutral_values: Mapping[str, Sequence[Any]]) -> Any:
-    """A request of another system's client without its nulls and the fields that change nothing at their value.
-
-    No values for a name: the field changes nothing at any value. Other unknown fields are refused, never ignored.
-    """
-    if not isinstance(values, dict):
-        return values
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None and not (name in neutral_values and value in (neutral_values[name] or (value,)))
-    }
-
-
 def _read_client_message(message: Any) -> Any:
     """Accept OpenAI's list of text parts as a content, the role developer as system, and fields that are empty."""
     if not isinstance(message, dict):
@@ -385,17 +372,14 @@ ChatConversation = Annotated[
     list[ClientMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_last_message)
 ]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
+MIN_TEMPERATURE = 0.01
+"""vLLM reads a lower temperature than this as this one, except 0."""
 
 
-_NEUTRAL_CHAT_VALUES: dict[str, Sequence[Any]] = {
-    "tool_choice": ("none", "auto"), "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1), "min_p": (0,),
-    "best_of": (1,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
-    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
-    "chat_template_kwargs": ({},), "functions": ([],), "logit_bias": ({},), "stop_token_ids": ([],), "bad_words": ([],),
-    "echo": (False,), "use_beam_search": (False,), "length_penalty": (1,), "verbosity": ("medium",),
-    "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (),
-    "priority": (), "request_id": (), "cache_salt": (),
-}  # fmt: skip
+def _check_temperature(temperature: float) -> float:
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"expected 0, or at least {MIN_TEMPERATURE:g}")
+    return temperature
 
 
 class StreamOptions(RequestModel):
@@ -411,7 +395,8 @@ class ChatRequest(RequestModel):
     `user` identifies the user (hashed before it is stored); `conversation_id` joins the turns of one conversation.
     `interface`, `device` and `author` (the user who made the persona) are stored with the row; see FeedbackRecord.
     Without `temperature` and `max_tokens` the policy samples with its rollout.* settings; `max_tokens` can only lower
-    rollout.max_response_tokens. A stream is the complete reply in one chunk. `metadata` and `store` do nothing here.
+    rollout.max_response_tokens. A stream is the complete reply in one chunk. With `store` false no row is written, and
+    there is nothing to react to. `metadata` does nothing here.
     """
 
     model: Annotated[str, StringConstraints(max_length=200)] = ""
@@ -422,7 +407,7 @@ class ChatRequest(RequestModel):
     device: IdentifierText | None = None
     author: IdentifierText | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2), AfterValidator(_check_temperature)] | None = None
     max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(strict=True, max_length=4)] | None = None
@@ -441,10 +426,11 @@ class ChatRequest(RequestModel):
     @model_validator(mode="before")
     @classmethod
     def _read_client_fields(cls, values: Any) -> Any:
-        values = drop_neutral_fields(values, _NEUTRAL_CHAT_VALUES)
+        values = drop_neutral_fields(values, NEUTRAL_CHAT_VALUES)
         if isinstance(values, dict) and "safety_identifier" in values:  # OpenAI's later name of `user`
-            values = {"user": values["safety_identifier"]} | values
-            del values["safety_identifier"]
+            user = values.pop("safety_identifier")
+            if values.setdefault("user", user) != user:
+                raise ValueError("user and safety_identifier differ; send one of them")
         return values
 
     def to_sampling(self) -> ChatSampling:
@@ -501,7 +487,8 @@ class ScoredItem:
 def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Sequence[str] = ()) -> FeedbackEvent:
     """Convert a feedback request to a store event, with a full row when another system served the response.
 
-    `reactions` are those that the service accepts. Raises ApiError 403 for a response that was served to another user.
+    `reactions` are those that the service accepts. Raises ApiError 403 for a response that was served to another user,
+    422 for a request that names two users.
     """
     is_own = is_signed_response_id(request.id)
     if is_own:
@@ -511,6 +498,8 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Seque
         if is_own:
             return FeedbackEvent(request.id, request.reaction, replaced_reactions=tuple(reactions))
         return FeedbackEvent(request.id, request.reaction)
+    if request.user not in (None, request.record.user_id):
+        raise ApiError(422, "invalid", "user and record.user_id differ; send one of them")
     row = request.record.model_dump()
     row["user_id"] = hash_user_id(request.record.user_id, salt)
     row |= {name: _hash_id(row[name], salt) for name in ("device", "author")}
@@ -556,11 +545,12 @@ class ServedResponse(NamedTuple):
 def build_served_event(
     response_id: str, request: ChatRequest, response: ServedResponse, salt: bytes
 ) -> FeedbackEvent | None:
-    """Build the store event of a response without a reaction; None for a blank response, which the log rejects.
+    """Build the store event of a response without a reaction; None for a blank one, which the log rejects.
 
-    A request without a user is one of a visitor, who is another one in each conversation.
+    None too for a request with `store` false. A request without a user is one of a visitor, who is another one in each
+    conversation.
     """
-    if not response.text.strip():
+    if request.store is False or not response.text.strip():
         return None
     conversation_id = request.conversation_id or response_id
     user = request.user or f"visitor of {conversation_id}"

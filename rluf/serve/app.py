@@ -8,6 +8,7 @@ import mimetypes
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     add_compat_routes(app, backend)
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
     middleware: Any = ServiceMiddleware(app, backend)
-    return ProxyHeadersMiddleware(middleware, trusted_hosts=list(backend.rules.trusted_proxies))
+    # uvicorn would silently trust nobody for a network that is named by one of its addresses, such as 10.0.0.1/8.
+    networks = [str(ip_network(proxy, strict=False)) for proxy in backend.rules.trusted_proxies]
+    return ProxyHeadersMiddleware(middleware, trusted_hosts=networks)
 
 
 async def _check_query(request: Request) -> None:
@@ -101,7 +104,8 @@ def _add_error_handlers(app: FastAPI) -> None:
             default={"loc": (), "msg": "the request is not valid", "type": ""},
         )
         message = _format_request_error(first_problem, len(problems))
-        if first_problem["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+        content_type = request.headers.get("content-type", "").lower()
+        if first_problem["loc"] == ("body",) and not re.match(r"application/([^;]+\+)?json\b", content_type):
             message = "body: send JSON with the header Content-Type: application/json"
         is_bad_json = first_problem["type"] == "json_invalid"
         api_error = ApiError(400, "bad_json", message) if is_bad_json else ApiError(422, "invalid", message)

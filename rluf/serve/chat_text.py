@@ -24,6 +24,7 @@ _MARKER = (
     CONTROL_STRING_PATTERN.pattern
     + r"|<\|(?:turn|channel|tool|think)[a-z_]{0,40}>|<(?:turn|channel|tool)[a-z_]{0,40}\|>"
     r"|\[\|[a-z]{1,40}\|\]|<(?:reserved_|extra_id_)\d{1,10}>|<seed:\w{1,40}>|<(?:BOS|EOS|PAD|UNK)_TOKEN>|<PAD>|<eo[ahm]>|\[gMASK\]"
+    r"|<SPECIAL_\d{1,10}>|<(?:beginning|end)_of_sentence>|<role>(?:SYSTEM|HUMAN|ASSISTANT)</role>|\]~!?b[\[\]]|\[e~\["
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT)\]"
 )
 _MARKER_PATTERN = re.compile(_MARKER)
@@ -34,15 +35,21 @@ MAX_MARKER_CHARS = 80
 _WRITTEN_TURNS = tuple(
     (re.compile(user_header, re.MULTILINE | re.DOTALL), re.compile(assistant_header, re.MULTILINE))
     for user_header, assistant_header in (
-        (r"\A\s*+(?:A chat between .*?)?\b(?:USER|HUMAN|User|Human):", r"\b(?:ASSISTANT|Assistant|AI):"),
+        (
+            r"\bUSER:|(?:^[^\w\n]{0,8}|\A\s*+A (?:chat|conversation) between .*?\b)"
+            r"(?:USER|HUMAN|User|Human)[^\w\n]{0,3}:",
+            r"\b(?:ASSISTANT|Assistant|AI|GPT|Falcon)[^\w\n]{0,3}:",
+        ),
+        (r"^[ \t]*+(?:Instruct|\u95ee)[:\uff1a]", r"^[ \t]*+(?:Output|\u7b54)[:\uff1a]"),
         (r"^[ \t]*+### ?(?:Instruction|Human|User|Question|Prompt|Input)\b", r"### ?(?:Response|Assistant|Answer)\b"),
-        (r"\A\s*+<(?:human|user)>:", r"<(?:bot|assistant)>:"),
+        (r"^[ \t]*+<(?:human|user|\u7528\u6237)>", r"<(?:bot|assistant|AI)>"),
         (r"\A\s*+(?:system[ \t\r]*+\n.*?\n[ \t]*+)?user[ \t\r]*+$", r"(?:assistant|model)[ \t\r]*+$"),
     )
 )
-"""Headers of a user's and the next assistant's turn that words mark: Vicuna, Alpaca, Anthropic's HH, and what is left
-of a format without its control tokens. Two patterns each, since one with both would take quadratic time."""
-_EMPTY_THINKING = re.compile(r"\A\s*+<think>\s*+(?:</think>\s*|(?!.*</think>))", re.DOTALL)
+"""Headers of a user's and the next assistant's turn that words mark, perhaps after a system message: Vicuna, Alpaca,
+Anthropic's HH, Falcon, Phi-2, ChatGLM, and what is left of a format without its control tokens. Two patterns each, as
+one with both would take quadratic time."""
+_EMPTY_THINKING = re.compile(r"\A\s*+(?:(?:<think>\s*+)?+</think>\s*|<think>\s*+(?!.*</think>))", re.DOTALL)
 """Start of a response that chat templates write for models which may reason: a block without reasoning, or its tag."""
 _STRIKETHROUGH = ("<s>", "</s>")
 """Control tokens of Mistral and Llama 2 that are HTML tags too: removed at the ends of a text, not refused inside."""
@@ -162,7 +169,7 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
             text = _remove_first_markers(text)
         response = text[_find_overlap(text, prompt) :]
         # With a prompt, later words are the policy's own; a header that the prompt lacks starts the response.
-        _check_no_written_turns(prompt + response[:MAX_HEADER_CHARS] if prompt else response)
+        _check_no_written_turns(prompt or response, response[:MAX_HEADER_CHARS] if prompt else "")
         response = _remove_first_markers(_remove_last_markers(response))
         # Tokenizers join prompt and response with white space; a text without a prompt is scored as it is.
         return _check_item([Message(role="user", content=prompt)], response.strip() if prompt else response)
@@ -332,10 +339,10 @@ def _strip_markers(text: str) -> str:
     return _remove_first_markers(text[: _find_last_content(text)]).strip()
 
 
-def _check_no_written_turns(context: str) -> None:
-    text = _strip_markers(context)
+def _check_no_written_turns(context: str, next_words: str = "") -> None:
+    text, longer_text = _strip_markers(context), _strip_markers(context + next_words)
     for user_header, assistant_header in _WRITTEN_TURNS:
-        if (match := user_header.search(text)) is not None and assistant_header.search(text, match.end()):
+        if (match := user_header.search(text)) is not None and assistant_header.search(longer_text, match.end()):
             raise _build_error("words mark its turns")
 
 

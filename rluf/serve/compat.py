@@ -25,10 +25,12 @@ from rluf.serve.api import (
     ClientMessage,
     MessageText,
     RoutedRequest,
-    drop_neutral_fields,
+    ScoreRoute,
+    build_score_route,
 )
 from rluf.serve.batching import MAX_QUEUED_RESPONSES, estimate_tokens
 from rluf.serve.chat_text import build_custom_format, split_pair, split_text
+from rluf.serve.client_fields import NEUTRAL_SCORE_VALUES, drop_neutral_fields
 from rluf.types import Message, ScoringItem
 from rluf.utils.stats import logit
 
@@ -39,23 +41,11 @@ if TYPE_CHECKING:
 UNSAFE_THRESHOLD = 0.5
 """Moderation flags texts with a safety score below this."""
 DEFAULT_OBJECTIVE, MODERATION_OBJECTIVE = PRIMARY_OBJECTIVE, "safety"
-MODEL_IDS = ("reward-live", "reward-candidate")
-"""Ids of /v1/models; as a `model` field they mean love."""
+MODEL_ROLES = {"reward-live": "live", "reward-candidate": "candidate"}
+"""Roles by the ids of /v1/models; as a `model` field an id means love by the version with this role."""
 
 RewardTextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_QUEUED_RESPONSES)]
 TextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
-
-
-_NEUTRAL_VALUES: dict[str, Sequence[Any]] = {
-    "truncate_prompt_tokens": (-1,), "max_tokens_per_doc": (0,), "max_tokens_per_query": (0,),
-    "rank_fields": (["text"],),
-    "truncation_direction": ("Right", "right"), "padding": ("do_not_pad",), "encoding_format": ("float",),
-    "embed_dtype": ("float32",), "endianness": ("native", "little"), "task": ("classify",), "parameters": ({},),
-    "chat_template_kwargs": ({},), "mm_processor_kwargs": ({},), "tools": ([],),
-    "add_generation_prompt": (False,), "continue_final_message": (False,), "add_special_tokens": (), "priority": (),
-    "request_id": (), "cache_salt": (), "labels": (), "options": (),
-}  # fmt: skip
-"""Fields of other systems' clients that change nothing at these values (no values: at any)."""
 
 
 class CompatRequest(RoutedRequest):
@@ -69,25 +59,36 @@ class CompatRequest(RoutedRequest):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, values: Any) -> Any:
-        return drop_neutral_fields(values, _NEUTRAL_VALUES)
+        return drop_neutral_fields(values, NEUTRAL_SCORE_VALUES)
+
+    def to_route(self) -> ScoreRoute:
+        """Convert to the gateway's type; a `model` that is an id of /v1/models requires its version."""
+        role = MODEL_ROLES.get(getattr(self, "model", ""), self.model_version)
+        if self.model_version not in (None, role):
+            raise ApiError(422, "invalid", "model and model_version differ; send one of them")
+        return build_score_route(self.user, self.conversation_id, role)
 
 
 class ActivationRequest(CompatRequest):
-    """vLLM's fields for logits in place of probabilities, under the names of two releases."""
+    """Fields for logits in place of probabilities, under the names of two releases of vLLM and of TEI."""
 
     activation: bool | None = None
     use_activation: bool | None = None
+    raw_scores: bool | None = None
 
     @model_validator(mode="after")
     def _check_activation(self) -> ActivationRequest:
-        if None not in (self.activation, self.use_activation) and self.activation != self.use_activation:
-            raise ValueError("activation and use_activation differ; send one of them")
+        if len(self._list_activations()) > 1:
+            raise ValueError("activation, use_activation and raw_scores differ; send one of them")
         return self
+
+    def _list_activations(self) -> set[bool]:
+        answers = (self.activation, self.use_activation, None if self.raw_scores is None else not self.raw_scores)
+        return {answer for answer in answers if answer is not None}
 
     def apply_activation(self, values: Sequence[float]) -> list[float]:
         """Probabilities, or their log-odds if the request asks for no activation."""
-        wants_logits = self.activation is False or self.use_activation is False
-        return [logit(value) for value in values] if wants_logits else list(values)
+        return [logit(value) for value in values] if False in self._list_activations() else list(values)
 
 
 class RemoteRewardRequest(CompatRequest):
@@ -145,10 +146,21 @@ class RerankRequest(ActivationRequest):
     ) = None
     texts: TextList | None = None
     top_n: int | None = Field(strict=True, default=None, ge=0, validation_alias=AliasChoices("top_n", "top_k"))
-    return_documents: bool = True
-    return_text: bool = False
-    raw_scores: bool = False
+    return_documents: bool | None = None
+    return_text: bool | None = None
     model: MessageText = DEFAULT_OBJECTIVE
+
+    @model_validator(mode="after")
+    def _check_return_fields(self) -> RerankRequest:
+        if None not in (self.return_documents, self.return_text) and self.return_documents != self.return_text:
+            raise ValueError("return_documents and return_text differ; send one of them")
+        return self
+
+    @property
+    def wants_texts(self) -> bool:
+        """Whether results have their texts: as the request says under either name, else by its format."""
+        answer = self.return_text if self.return_documents is None else self.return_documents
+        return self.documents is not None if answer is None else answer
 
     def list_response_texts(self) -> list[str]:
         """Return the texts to order. Raises ApiError when there are none, or a document has no text."""
@@ -182,11 +194,10 @@ class ClassifyRequest(ActivationRequest):
         return [ScoringItem(context, answer["content"])]
 
 
-class PredictRequest(CompatRequest):
+class PredictRequest(ActivationRequest):
     """TEI's predict: a text, or a list whose entries are lists of one text or of a pair of texts."""
 
     inputs: MessageText | TextList | Annotated[list[TextList], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
-    raw_scores: bool = False
 
 
 class ModerationRequest(CompatRequest):
@@ -290,11 +301,11 @@ def _add_rerank_routes(app: FastAPI, scorer: CompatScorer) -> None:
         scored_items = await scorer.score_items(items, body)
         values = _select_objective_values(scored_items, body.model)
         order = sorted(range(len(texts)), key=lambda i: -values[i])[: body.top_n or None]
-        scores = [logit(value) for value in values] if body.raw_scores else body.apply_activation(values)
+        scores = body.apply_activation(values)
         if body.texts is not None:
-            return [{"index": i, "score": scores[i], **({"text": texts[i]} if body.return_text else {})} for i in order]
+            return [{"index": i, "score": scores[i], **({"text": texts[i]} if body.wants_texts else {})} for i in order]
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
-        if body.return_documents:
+        if body.wants_texts:
             results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
         envelope = _build_reply_envelope("rerank", body.model, items, scored_items)
         del envelope["object"]  # rerank replies have none
@@ -314,8 +325,9 @@ def _add_tei_routes(app: FastAPI, scorer: CompatScorer) -> None:
         if any(len(entry) not in (1, 2) for entry in entries):
             raise ApiError(422, "invalid", "inputs: an entry is one text, or a pair of texts")
         items = [scorer.split_pair(*entry) if len(entry) == 2 else scorer.split_text(entry[0]) for entry in entries]
-        values = _select_objective_values(await scorer.score_items(items, body), DEFAULT_OBJECTIVE)
-        scores = [logit(value) if body.raw_scores else value for value in values]
+        scores = body.apply_activation(
+            _select_objective_values(await scorer.score_items(items, body), DEFAULT_OBJECTIVE)
+        )
         predictions = [[{"label": DEFAULT_OBJECTIVE, "score": score}] for score in scores]
         return predictions[0] if is_single or isinstance(body.inputs, str) else predictions
 
@@ -343,9 +355,9 @@ def _as_list(texts: str | list[str]) -> list[str]:
 
 
 def _resolve_objective(model_name: str, objectives: Iterable[str]) -> str:
-    """The objective that a `model` field names: an objective, or love for a served model's id. Raises ApiError 404."""
+    """The objective that a `model` field names: an objective, or love for a reward model's id. Raises ApiError 404."""
     names = tuple(objectives)
-    objective = DEFAULT_OBJECTIVE if model_name in MODEL_IDS else model_name
+    objective = DEFAULT_OBJECTIVE if model_name in MODEL_ROLES else model_name
     if objective not in names:
         raise ApiError(404, "model", f"model: expected one of {', '.join(names)}, got {model_name[:40]!r}")
     return objective

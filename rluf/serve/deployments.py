@@ -437,7 +437,8 @@ class GatewayDeployment:
         """Ask each scorer for its version and facts; updates the expected means and the token limits."""
         descriptions = []
         try:
-            for role, handle in self._scorer_handles.items():
+            # A copy, since `reconfigure` may add a role meanwhile.
+            for role, handle in list(self._scorer_handles.items()):
                 description = await handle.describe.remote()
                 facts = description["facts"]
                 self._role_versions[role] = description["version"]
@@ -466,7 +467,7 @@ class GatewayDeployment:
                     await self._refresh_versions()
                     for handle, _ in self._policy_handles.values():
                         await handle.describe.remote()
-            except (TimeoutError, ApiError, *REPLICA_LOST_ERRORS):
+            except (TimeoutError, ApiError, BackPressureError, *REPLICA_LOST_ERRORS):
                 return False
             self._was_ready = True
         return True
@@ -486,8 +487,10 @@ class GatewayDeployment:
             )
             for role, description in await self._refresh_versions()
         ]
+        # Of the chats that name no policy.
+        policy_shares = self._experiment or dict.fromkeys(list(self._policy_handles)[:1], 1.0)
         return reward_models + [
-            ModelInfo(id=name, kind="policy", role="policy", version=version, share=1.0)
+            ModelInfo(id=name, kind="policy", role="policy", version=version, share=policy_shares.get(name, 0.0))
             for name, (_, version) in self._policy_handles.items()
         ]
 

@@ -379,6 +379,8 @@ class ServiceMiddleware:
                 body.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ApiError(400, "not_utf8", f"the body is not UTF-8 text (byte {error.start})") from None
+            if b"\0" in body:  # in no JSON text; the parser would take it for one of UTF-16 or UTF-32
+                raise ApiError(400, "not_utf8", f"the body is not UTF-8 text (byte {body.index(0)} is NUL)")
         return body
 
     def _decompress_body(self, body: bytes, scope: Scope) -> bytes:

@@ -22,6 +22,8 @@ tracer = trace.get_tracer("rluf.serve")
 
 LOG_FORMAT_VARIABLE = "RLUF_LOG_FORMAT"
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+PROTOCOL = "http/protobuf"
 
 
 class JsonFormatter(logging.Formatter):
@@ -56,9 +58,19 @@ def setup_service_logging() -> None:
 
 
 def start_tracing() -> bool:
-    """Export this process's spans if the environment names an endpoint; returns whether it does."""
-    if not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
+    """Export this process's spans if the environment names an endpoint; returns whether it does.
+
+    Raises SettingsError for another protocol than PROTOCOL, or when the exporter is not installed.
+    """
+    is_off = os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if is_off or not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
         return False
+    protocol_name = next((name for name in PROTOCOL_VARIABLES if os.environ.get(name)), "")
+    if protocol_name and os.environ[protocol_name] != PROTOCOL:
+        raise SettingsError(
+            f"{protocol_name}={os.environ[protocol_name]}: spans are exported with {PROTOCOL} only; set it to that, "
+            "and the endpoint to the collector's HTTP port (usually 4318)"
+        )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

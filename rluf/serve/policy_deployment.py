@@ -51,7 +51,8 @@ class ChatCompletion(NamedTuple):
     """A sampled response, its finish reason, its token counts and the policy version that produced it.
 
     `temperature` is that of the sampling, `response_logprob` the log-probability (nats) of all response tokens under
-    the sampling distribution; None if a stop string cut the text, which then has other tokens.
+    the sampling distribution; None if a stop string cut the text, which then has other tokens, and at temperature 0,
+    where the engine reports that of another distribution.
     """
 
     text: str
@@ -135,9 +136,10 @@ class PolicyDeployment:
         uncut_text, text = text, truncate_at_stop(text, sampling.stop)
         is_cut = len(text) < len(uncut_text)
         temperature = self._settings.rollout.temperature if sampling.temperature is None else sampling.temperature
+        response_logprob = None if is_cut or not temperature else math.fsum(generation.logprobs)
         return ChatCompletion(
             text, "stop" if is_cut else generation.finish_reason, len(prompt_ids), len(generation.response_ids),
-            version, temperature, None if is_cut else math.fsum(generation.logprobs),
+            version, temperature, response_logprob,
         )  # fmt: skip
 
     async def _start_engine(self, policy_folder: Path, version: str) -> None:

@@ -125,6 +125,41 @@ def test_rows_without_values_are_counted_and_leave_out_the_doubly_robust_estimat
     assert any(f"{expected} of 40 rows have no value" in text for text in report.warnings) == (expected > 0)
 
 
+def write_scores(folder: Path, logprobs: dict[str, float]) -> Path:
+    file = folder / "scores.jsonl"
+    file.write_text("".join(json.dumps({"id": key, "target_logprob": value}) + "\n" for key, value in logprobs.items()))
+    return file
+
+
+def test_a_row_in_two_files_of_a_store_counts_once(tmp_path: Path) -> None:
+    """A merged file appears before those that it replaces are deleted."""
+    records = [make_record(f"r{i}", f"u{i % 10}", i < 10) for i in range(40)]
+    pq.write_table(build_records_table(records, FeedbackRecord), tmp_path / "feedback-merged-1.parquet")
+    pq.write_table(build_records_table(records[:20], FeedbackRecord), tmp_path / "feedback-1.parquet")
+    scores = write_scores(tmp_path, {f"r{i}": -3.0 for i in range(40)})
+    report = estimate_off_policy(**read_off_policy_log(tmp_path, scores))
+    assert (report.row_count, report.dropped_rows, report.logged_rate) == (40, 0, 0.25)
+
+
+@pytest.mark.parametrize(("logged", "target", "name"), [(0.3, -3.0, "response_logprob"), (-3.0, 0.3, "target_logprob")])
+def test_a_probability_in_place_of_its_logarithm_is_refused(
+    tmp_path: Path, logged: float, target: float, name: str
+) -> None:
+    records = [make_record(f"r{i}", f"u{i}", i % 2 == 0, logged) for i in range(4)]
+    pq.write_table(build_records_table(records, FeedbackRecord), tmp_path / "a.parquet")
+    scores = write_scores(tmp_path, {f"r{i}": target for i in range(4)})
+    with pytest.raises(DataError, match=f"'{name}': expected log-probabilities, which are at most 0, got 0.3"):
+        read_off_policy_log(tmp_path, scores)
+
+
+def test_two_scores_of_one_response_are_refused(tmp_path: Path) -> None:
+    pq.write_table(build_records_table([make_record("r1", "u", True)], FeedbackRecord), tmp_path / "a.parquet")
+    scores = write_scores(tmp_path, {"r1": -3.0})
+    scores.write_text(2 * scores.read_text())
+    with pytest.raises(DataError, match="row 2: expected one row for each response, got 'r1'"):
+        read_off_policy_log(tmp_path, scores)
+
+
 @pytest.mark.slow
 def test_a_policy_scores_the_log_as_it_was_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = resolve_model("tiny", resolve_cache_folder(Settings()))

@@ -152,8 +152,12 @@ def test_a_client_gets_its_rate_and_a_burst_of_two_seconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trusted_proxies", "has_own_limit"), [((), False), (("10.0.0.0/8",), True), (("10.9.0.1",), False)]
-)
+    ("trusted_proxies", "has_own_limit"),
+    [
+        ((), False), (("10.0.0.0/8",), True), (("10.9.0.1",), False), (("10.0.0.7",), True), (("10.0.0.1/8",), True),
+        (("10.0.0.9/255.255.255.0",), True), (("10.9.0.1/16",), False),
+    ],
+)  # fmt: skip
 async def test_forwarded_addresses_count_only_from_trusted_proxies(
     backend: LocalBackend, trusted_proxies: tuple[str, ...], has_own_limit: bool
 ) -> None:

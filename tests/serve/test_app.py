@@ -115,6 +115,8 @@ INVALID_REQUESTS: list[tuple[str, bytes | dict[str, Any], int, str]] = [
     ("not an object", b"[]", 422, "invalid"),
     ("broken JSON", b'{"messages": [', 400, "bad_json"),
     ("not UTF-8", b'{"messages": "\xff\xfe"}', 400, "not_utf8"),
+    ("UTF-16 without its mark", json.dumps(HELLO).encode("utf-16-le"), 400, "not_utf8"),
+    ("UTF-32 without its mark", json.dumps(HELLO).encode("utf-32-be"), 400, "not_utf8"),
     ("empty conversation", {"messages": [], "response": "x"}, 422, "invalid"),
     ("blank message", {"messages": [{"role": "user", "content": " "}], "response": "x"}, 422, "invalid"),
     ("unknown role", {"messages": [{"role": "robot", "content": "x"}], "response": "x"}, 422, "invalid"),
@@ -159,6 +161,9 @@ ENCODED_BODIES: list[tuple[str, bytes, str, int, str]] = [
     ("", BODY, "text/plain", 422, "Content-Type: application/json"),
     ("", BODY, "", 422, "Content-Type: application/json"),
     ("", BODY, "application/x-www-form-urlencoded", 422, "Content-Type: application/json"),
+    ("", BODY, "text/json", 422, "Content-Type: application/json"),
+    ("", BODY, "application/x-ndjson", 422, "Content-Type: application/json"),
+    ("", BODY, "Application/JSON ;charset=utf-8", 200, ""), ("", b"[]", "application/json", 422, "valid dictionary"),
 ]  # fmt: skip
 
 
@@ -336,6 +341,8 @@ async def test_a_record_cannot_forge_feedback_on_a_response_of_this_service(
         ({"id": "r2", "record": RECORD | {"time": "2199-01-01T00:00:00Z"}}, (422, "invalid")),
         ({"id": "r3", "record": RECORD | {"response_logprob": float("nan")}}, (422, "invalid")),
         ({"id": "r4", "record": RECORD | {"temperature": -1}}, (422, "invalid")),
+        ({"id": "r6", "record": RECORD | {"response_logprob": 0.5}}, (422, "invalid")),
+        ({"id": "r7", "record": RECORD, "user": "eve"}, (422, "invalid")),
     ]  # fmt: skip
     for request, expected in forged:
         content, headers = json.dumps({"reaction": "love"} | request), {"content-type": "application/json"}

@@ -163,3 +163,26 @@ async def test_the_version_is_required_over_http(gateway: GatewayDeployment) -> 
                     request = {k: v for k, v in request.items() if k != "response"} | {"responses": ["a", "b"]}
                 response = await client.post(route, json=request)
                 assert response.status_code == status
+
+
+async def test_the_id_of_a_reward_model_requires_its_version(
+    gateway: GatewayDeployment, scorers: dict[str, tuple[str, ScorerDeployment]]
+) -> None:
+    """Clients of other systems choose a model of /v1/models."""
+    bodies: dict[str, dict[str, object]] = {
+        "/score": {"text_1": "Q?", "text_2": "A!"}, "/classify": {"input": "A!"}, "/pooling": {"input": "A!"},
+        "/rerank": {"query": "Q?", "documents": ["A!"]},
+    }  # fmt: skip
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(make_app(gateway)), base_url="http://testserver"
+    ) as client:
+        ids = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+        assert ids == ["reward-live", "reward-candidate"]
+        for path, body in bodies.items():
+            for user in ("ann", "bob", "eve", None):
+                for role, (version, _) in scorers.items():
+                    reply = await client.post(path, json=body | {"model": f"reward-{role}", "user": user})
+                    assert reply.json()["model_version"] == version, (path, role)
+        await gateway.reconfigure({"roles": ["live"], "share": 0.0, "policies": {}})
+        for path, body in bodies.items():
+            assert (await client.post(path, json=body | {"model": "reward-candidate"})).status_code == 409

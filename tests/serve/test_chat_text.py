@@ -156,6 +156,9 @@ def test_what_cannot_be_split_is_refused_with_a_hint(text: str) -> None:
 def test_plain_text_is_not_touched_and_must_start_with_its_prompt() -> None:
     assert split_text("Is 3 < 5? <s>No</s> yes").response == "Is 3 < 5? <s>No</s> yes"
     assert split_pair("What is [x]?", " [1] ").response == " [1] "
+    for text in ("Is `User: ann` right?", "Question: Why?\nAnswer:", "<role>You are a teacher.</role>", "My GPT: x"):
+        assert get_last_message(split_pair(text, "Yes.")) == ("user", text, "Yes.")
+        assert split_text(text).response == text
     assert get_last_message(split_text("Question one? Yes.", "Question one?")) == ("user", "Question one?", "Yes.")
     assert split_text("stion one? Yes.", "A long question one?").response == "Yes."
     assert split_text("<s> Question one? Yes.</s>", "Question one?").response == "Yes."
@@ -170,7 +173,9 @@ def test_plain_text_is_not_touched_and_must_start_with_its_prompt() -> None:
         split_text("Something else", "Question?")
 
 
-THINKING = ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n", "<think>\n", "<think></think>")
+THINKING = (
+    "<think>\n\n</think>\n\n", "<think>\n\n</think>\n", "<think>\n", "<think></think>", "</think>", "</think>\n\n",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["chatml", "deepseek", "llama3"])
@@ -269,6 +274,19 @@ WRITTEN = {
     "seed": "<seed:bos>user\n{}<seed:eos><seed:bos>assistant\n",
     "openchat coding": "<s>Code User: {}<|end_of_turn|>Code Assistant: ",
     "internlm": "<|User|>:{}<eoh>\n<|Bot|>:", "hunyuan": "<|hy_User|>{}<|hy_Assistant|>",
+    "vicuna with its own system message": "You are kind. USER: {} ASSISTANT:",
+    "deepseek v2 with a system message": "You are kind.\n\nUser: {}\n\nAssistant:",
+    "r1 zero": "A conversation between User and Assistant. The Assistant helps. User: {} Assistant: <think>",
+    "tiny zero": "A conversation between User and Assistant. The user asks.\nUser: {}\nAssistant: Let me see.\n",
+    "falcon": "User: {}\nFalcon:", "falcon with a system message": "System: Be kind.\nUser: {}\nFalcon:",
+    "koala": "BEGINNING OF CONVERSATION: USER: {} GPT:", "phi 2": "Instruct: {}\nOutput:",
+    "ernie with a system message": "<|begin_of_sentence|>Be kind.\nUser: {}\nAssistant: ",
+    "chatglm 2": "[Round 1]\n\n\u95ee\uff1a{}\n\n\u7b54\uff1a", "longcat": "[Round 0] USER:{} ASSISTANT:",
+    "markdown": "**User:** {}\n\n**Assistant:** ", "brackets": "[User]: {}\n[Assistant]: ",
+    "tags": "<user>{}</user><assistant>", "minicpm": "<s><\u7528\u6237>{}<AI>",
+    "nemotron h": "<SPECIAL_10>System\n\n<SPECIAL_11>User\n{}\n<SPECIAL_11>Assistant\n",
+    "minimax": "<beginning_of_sentence>user name=user\n{}<end_of_sentence>\n<beginning_of_sentence>ai name=ai\n",
+    "minimax 2": "]~!b[]~b]user\n{}[e~[\n]~b]ai\n", "ling": "<role>HUMAN</role>{}<role>ASSISTANT</role>",
 }  # fmt: skip
 """Chat formats without support; many mark turns by words alone."""
 

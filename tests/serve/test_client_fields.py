@@ -25,6 +25,9 @@ CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
         ("stream_options", {"include_usage": True, "include_obfuscation": False}), ("metadata", {"a": 1}),
         ("functions", []), ("logit_bias", {}), ("stop_token_ids", []), ("bad_words", []), ("echo", False), ("stop", []),
         ("use_beam_search", False), ("length_penalty", 1.0), ("verbosity", "medium"), ("stream_options", {}),
+        ("temperature", 0), ("temperature", 0.01), ("temperature", 2),
+        ("include_stop_str_in_output", False), ("return_token_ids", False), ("return_tokens_as_token_ids", False),
+        ("include_reasoning", True), ("documents", []), ("mm_processor_kwargs", {}), ("prompt_cache_retention", "24h"),
     )),
     *(({name: value}, False) for name, value in (
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("functions", [{"name": "f"}]),
@@ -35,6 +38,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
         ("max_tokens", 0), ("stop", [""]), ("temperature", -1), ("temperature", "hot"),
         ("echo", True), ("length_penalty", 0.5), ("bad_words", ["x"]), ("verbosity", "low"), ("prediction", {}),
         ("n", True), ("max_tokens", True), ("max_tokens", "5"), ("temperature", True), ("seed", False),
+        ("temperature", 0.001), ("include_stop_str_in_output", True), ("return_token_ids", True), ("documents", ["x"]),
     )),
 ]  # fmt: skip
 
@@ -80,6 +84,21 @@ async def test_the_later_name_of_a_user_is_the_user(http_client: httpx.AsyncClie
     for user, status in (("bob", 403), (None, 403), ("ann", 200)):
         body = {"id": reply["id"], "reaction": "love", "user": user}
         assert (await http_client.post("/v1/feedback", json=body)).status_code == status
+    for user, status in (("ann", 200), ("bob", 422)):
+        body = {"messages": [USER], "safety_identifier": "ann", "user": user}
+        assert (await http_client.post("/v1/chat/completions", json=body)).status_code == status
+
+
+async def test_a_chat_that_must_not_be_stored_leaves_no_row(
+    http_client: httpx.AsyncClient, backend: LocalBackend
+) -> None:
+    backend.policies = {"": lambda messages: "Hi."}
+    for store, status in ((False, 404), (True, 200), (None, 200)):
+        body = {"messages": [USER], "user": "ann", "store": store}
+        reply = (await http_client.post("/v1/chat/completions", json=body)).json()
+        reaction = {"id": reply["id"], "reaction": "love", "user": "ann"}
+        assert (await http_client.post("/v1/feedback", json=reaction)).status_code == status
+    assert backend.store.flush_settled(all_rows=True) == 2
 
 
 ROUTES: dict[str, dict[str, Any]] = {
@@ -128,10 +147,12 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     )),
     *(("/rerank", DOCUMENTS, fields) for fields in (
         {"max_chunks_per_doc": 1}, {"max_tokens_per_doc": 9}, {"rank_fields": ["title"]},
-        {"texts": ["x"]}, {"top_n": -1},
+        {"texts": ["x"]}, {"top_n": -1}, {"raw_scores": True, "activation": True}, {"top_n": 1, "top_k": 2},
+        {"return_documents": False, "return_text": True}, {"model": "reward-live", "model_version": "candidate"},
     )),
     ("/rerank", TEXTS, {"truncation_direction": "Left"}),
     ("/predict", {"inputs": SHORT}, {"parameters": {"function_to_apply": "none"}}),
+    ("/predict", {"inputs": SHORT}, {"raw_scores": True, "use_activation": True}),
     ("/v1/moderations", {"input": SHORT}, {"model": "love"}),
     ("/v1/moderations", {"input": SHORT}, {"model": "gpt-4"}),
     ("/get_reward", {"query": [SHORT]}, {"prompt": ["Q?"]}),
@@ -163,7 +184,12 @@ async def test_rerank_honors_its_fields_in_both_formats(http_client: httpx.Async
             == pytest.approx([logit(score) for score in scores])
             == [r["score"] for r in await rerank(TEXTS, **fields)]
         )
-    assert all("document" not in r for r in (await rerank(DOCUMENTS, return_documents=False))["results"])
+    for name in ("return_documents", "return_text"):
+        for wants_texts in (True, False):
+            answer = {name: wants_texts}
+            assert all(("document" in r) == wants_texts for r in (await rerank(DOCUMENTS, **answer))["results"]), name
+            assert all(("text" in r) == wants_texts for r in await rerank(TEXTS, **answer)), name
+    assert not any("text" in r for r in await rerank(TEXTS))
 
 
 async def test_a_client_can_refuse_to_have_its_texts_cut(http_client: httpx.AsyncClient) -> None:

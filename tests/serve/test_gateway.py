@@ -263,3 +263,42 @@ async def test_a_policy_whose_queue_is_full_refuses_chats_at_once(
         body = {"messages": [{"role": "user", "content": "Hello?"}]}
         reply = await client.post("/v1/chat/completions", json=body)
     assert (reply.status_code, reply.json()["error"]["type"], reply.headers["retry-after"]) == (429, "busy", "1")
+
+
+async def test_a_service_whose_first_chats_fill_the_queue_is_not_ready_yet(
+    gateway: GatewayDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> str:
+        raise BackPressureError(num_queued_requests=64, max_queued_requests=64)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoPolicy, "describe", refuse)
+        assert not await gateway.is_ready()
+    assert await gateway.is_ready()
+
+
+async def test_models_are_listed_while_a_candidate_is_added(
+    gateway: GatewayDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = gateway._scorer_handles["live"]._deployment
+    describe = scorer.describe
+
+    async def add_candidate() -> dict[str, Any]:
+        gateway._scorer_handles["candidate"] = gateway._scorer_handles["live"]
+        return dict(await describe())
+
+    monkeypatch.setattr(scorer, "describe", add_candidate)
+    assert [model.id for model in await gateway.list_models()] == ["reward-live", "echo"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "shares"),
+    [({}, {"echo": 1.0, "other": 0.0}), ({"other": 0.25, "echo": 0.75}, {"echo": 0.75, "other": 0.25})],
+)
+async def test_the_share_of_a_policy_is_that_of_chats_that_name_none(
+    gateway: GatewayDeployment, experiment: dict[str, float], shares: dict[str, float]
+) -> None:
+    gateway._policy_handles["other"] = gateway._policy_handles["echo"]
+    gateway._experiment = experiment
+    models = await gateway.list_models()
+    assert {model.id: model.share for model in models if model.kind == "policy"} == shares

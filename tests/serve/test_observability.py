@@ -146,6 +146,17 @@ def test_without_an_endpoint_nothing_is_exported(monkeypatch: pytest.MonkeyPatch
     assert not start_tracing()
 
 
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+@pytest.mark.parametrize("protocol", ["grpc", "http/json"])
+def test_another_protocol_of_traces_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, protocol: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
+    monkeypatch.setenv(name, protocol)
+    with pytest.raises(SettingsError, match=f"{name}={protocol}: spans are exported with http/protobuf only"):
+        start_tracing()
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert not start_tracing()
+
+
 async def test_the_api_docs_load_nothing_from_elsewhere(http_client: httpx.AsyncClient) -> None:
     page = (await http_client.get("/docs")).text
     assert "http://" not in page and "https://" not in page

@@ -128,6 +128,8 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
+    score_requests: list[Any] = []
+    page.on("request", lambda request: score_requests.append(request) if request.url.endswith("/v1/score") else None)
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     with run_http_server(backend) as url:
         page.goto(url)
@@ -142,6 +144,9 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
         column = page.get_by_role("region", name="candidate")
         expect(column.get_by_text("P[Love]")).to_be_visible()
         assert page.locator("meter").count() == 6
+        # As the row of the log has it: a reply that was cut is not scored as a complete one.
+        fields = {"messages", "response", "finish_reason", "user", "conversation_id"}
+        assert [set(request.post_data_json) for request in score_requests] == [fields, fields]
         heart = column.get_by_role("button", name="Love this reply of candidate")
         expect(heart).to_have_attribute("aria-pressed", "false")
         heart.focus()

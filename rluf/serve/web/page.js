@@ -99,8 +99,8 @@ function addChoice(replies) {
   });
 }
 
-async function showScores(footer, messages, response) {
-  const reply = await callService("/v1/score", { messages, response });
+async function showScores(footer, scoreRequest) {
+  const reply = await callService("/v1/score", scoreRequest);
   for (const [name, score] of Object.entries(reply.scores)) {
     const label = (SCORE_TITLES[name] || name) + " " + score.value.toFixed(2);
     const scoreElement = makeElement("span", "score", label + " ");
@@ -115,14 +115,15 @@ async function showScores(footer, messages, response) {
 async function takeTurn(column, text) {
   const messages = [...column.messages, { role: "user", content: text }];
   addMessage(column, "user", text);
-  const reply = await callService("/v1/chat/completions",
-    { model: column.model, messages, user: visitorId, conversation_id: column.conversationId });
-  const response = reply.choices[0].message.content;
+  const visitor = { user: visitorId, conversation_id: column.conversationId };
+  const reply = await callService("/v1/chat/completions", { model: column.model, messages, ...visitor });
+  const { message, finish_reason } = reply.choices[0];
+  const response = message.content;
   const item = addMessage(column, "assistant", response);
   column.messages = [...messages, { role: "assistant", content: response }];
   // The service does not log blank responses, so they can get no feedback.
   const footer = response.trim() ? addHeart(item, column, reply.id) : null;
-  if (footer) await showScores(footer, messages, response);
+  if (footer) await showScores(footer, { messages, response, finish_reason, ...visitor });
   return { id: reply.id, model: column.model, text: response, context: JSON.stringify(messages), footer };
 }
 
