@@ -138,12 +138,12 @@ def check_tensor_parallel(settings: Settings, model_path: Path) -> str:
     gpu_count, heads = settings.tensor_parallel, int(getattr(config, "num_attention_heads", 0) or 0)
     kv_heads = int(getattr(config, "num_key_value_heads", 0) or heads)
 
-    def divides_heads(count: int) -> bool:
+    def can_divide_heads(count: int) -> bool:
         # vLLM copies a key-value head to several GPUs, all equally often.
         return heads % count == 0 and (not kv_heads or kv_heads % count == 0 or count % kv_heads == 0)
 
-    if not divides_heads(gpu_count):
-        divisors = ", ".join(str(count) for count in range(1, gpu_count) if divides_heads(count))
+    if not can_divide_heads(gpu_count):
+        divisors = ", ".join(str(count) for count in range(1, gpu_count) if can_divide_heads(count))
         raise SettingsError(
             f"cluster.gpus_per_engine={gpu_count} cannot divide the {heads} attention heads ({kv_heads} key-value "
             f"heads) of {model_path}; set it to one of {divisors}"
