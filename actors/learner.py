@@ -43,7 +43,7 @@ from rluf.algorithms.packing import (
 from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy, remove_noise
 from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
-from rluf.backends.colocation import WEIGHTS_TAG
+from rluf.backends.colocation import OPTIMIZER_STATES_TAG, WEIGHTS_TAG
 from rluf.backends.gpu_metrics import count_flops_per_token, measure_gpu
 from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
 from rluf.backends.weight_transfer import ensure_weight_sender
@@ -480,21 +480,21 @@ class LearnerActor:
             self._weight_sender.end()
 
     def offload(self, components: tuple[str, ...]) -> None:
-        """Move `components` of this rank's models to host memory, for an engine on the same GPU.
-
-        See rluf.backends.colocation.
-        """
+        """Move `components` (rluf.backends.colocation) of this rank's models to host memory, to let an engine in."""
         for engine in self._list_engines():
             ds.offload_to_host(engine, components)
+        if OPTIMIZER_STATES_TAG in components and self._weight_average is not None:
+            self._weight_average.move_to("cpu")
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""
         for engine in self._list_engines():
             ds.reload_to_device(engine)
+        if self._weight_average is not None:
+            self._weight_average.move_to(self.device)
         if self._reference_model is not None:
             self._reference_model.to(self.device)
 

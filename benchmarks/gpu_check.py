@@ -267,15 +267,18 @@ def receive_buckets(connection: Any, on_gpu: bool) -> None:
     from rluf.backends.weight_transfer.cuda_ipc import CudaIpcReceiver
 
     receiver = CudaIpcReceiver(torch.device("cuda", 0))
+    receiver.begin({})
     while (bucket_info := connection.recv()) is not None:
-        receiver.begin({})
+        if not bucket_info:  # the end of a sync
+            receiver.end()
+            connection.send({})
+            continue
         checksums: dict[str, float] = {}
 
         def load_weights(weights: Any, checksums: dict[str, float] = checksums) -> None:
             checksums.update({name: float(tensor.double().sum()) for name, tensor in weights})
 
         receiver.receive_bucket(bucket_info, load_weights)
-        receiver.end()
         connection.send(checksums)
 
 
@@ -303,6 +306,8 @@ def check_ipc(on_gpu: bool, folder: Path) -> Figures:
             here.send(sender.send_bucket(on_device))
             expected = {name: float(tensor.double().sum()) for name, tensor in on_device}
             require(here.recv() == expected, f"sync {version}: the engine received other weights")
+        here.send({})
+        here.recv()
         sender.end()
         levels.append(torch.cuda.mem_get_info()[0])
     here.send(None)
@@ -370,7 +375,8 @@ def check_engine(on_gpu: bool, folder: Path) -> Figures:
     for eager in (True, False):
         settings = Settings.model_validate(
             {"model": {"dtype": "bfloat16"}, "cluster": {"gpus_per_engine": 1},
-             "rollout": {"eager": eager, "max_response_tokens": 256, "concurrency": 256, "gpu_memory_share": 0.4}}
+             "rollout": {"eager": eager, "max_response_tokens": 256, "concurrency": 256, "gpu_memory_share": 0.4,
+                         "temperature": 1.0}}
         )  # fmt: skip
         set_vllm_environment(settings)
 

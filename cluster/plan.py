@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rluf.config.derived import (
@@ -38,12 +38,19 @@ class ResourcePlan:
     """Actor pools of a run and what each reserves.
 
     `training_pools` are the actors that run concurrently during training, `reward_training_pools` the reward training
-    workers that run before them. `host_bytes` estimates the host memory of the former.
+    workers that run before them. `host_bytes` estimates the host memory of the former, of which engines and learners
+    share GPUs where `is_colocated`.
     """
 
     training_pools: tuple[ActorPoolPlan, ...]
     reward_training_pools: tuple[ActorPoolPlan, ...]
     host_bytes: int
+    is_colocated: bool = False
+
+    @property
+    def placed_pools(self) -> tuple[ActorPoolPlan, ...]:
+        """`training_pools` as Ray places them: an engine and a learner that share a GPU are one."""
+        return _merge_colocated_pools(self.training_pools) if self.is_colocated else self.training_pools
 
     @property
     def cpu_count(self) -> float:
@@ -53,11 +60,11 @@ class ResourcePlan:
     @property
     def gpu_count(self) -> float:
         """GPUs of the larger of the two phases."""
-        return max(_count_gpus(pools) for pools in (self.training_pools, self.reward_training_pools))
+        return max(_count_gpus(pools) for pools in (self.placed_pools, self.reward_training_pools))
 
     @property
     def bundles(self) -> tuple[dict[str, float], ...]:
-        """One Ray bundle per actor of the training phase, the largest first."""
+        """One Ray bundle per placed actor of the training phase, the largest first."""
         return tuple(_pool_bundle(pool) for pool in self._pools_largest_first for _ in range(pool.actor_count))
 
     @property
@@ -90,7 +97,7 @@ class ResourcePlan:
 
     @property
     def _pools_largest_first(self) -> list[ActorPoolPlan]:
-        return sorted(self.training_pools, key=lambda pool: (-pool.gpus_per_actor, -pool.cpus_per_actor))
+        return sorted(self.placed_pools, key=lambda pool: (-pool.gpus_per_actor, -pool.cpus_per_actor))
 
 
 def plan_resources(settings: Settings) -> ResourcePlan:
@@ -100,7 +107,21 @@ def plan_resources(settings: Settings) -> ResourcePlan:
         training_pools=tuple(pool for pool in pools if pool.role != "reward_training"),
         reward_training_pools=tuple(pool for pool in pools if pool.role == "reward_training"),
         host_bytes=estimate_host_bytes(settings),
+        is_colocated=settings.is_colocated,
     )
+
+
+def _merge_colocated_pools(pools: Sequence[ActorPoolPlan]) -> tuple[ActorPoolPlan, ...]:
+    """`pools` with engines and learners as pairs, each with a GPU to itself, whatever their shares of it are."""
+    rollout, learner = (next(pool for pool in pools if pool.role == role) for role in ("rollout", "learner"))
+    pair = replace(
+        rollout,
+        name="rollout with learner",
+        cpus_per_actor=rollout.cpus_per_actor + learner.cpus_per_actor,
+        gpus_per_actor=1.0,
+        node_labels=rollout.node_labels | learner.node_labels,
+    )
+    return pair, *(pool for pool in pools if pool not in (rollout, learner))
 
 
 def _pool_bundle(pool: ActorPoolPlan) -> dict[str, float]:
@@ -196,8 +217,8 @@ def check_plan(
     if nodes:
         for bundle, node_labels in zip(resource_plan.bundles, resource_plan.node_labels, strict=True):
             _check_bundle_fits(bundle, node_labels, nodes)
-        for pool in resource_plan.training_pools:
-            _check_pool_fits(pool, resource_plan.training_pools, nodes)
+        for pool in resource_plan.placed_pools:
+            _check_pool_fits(pool, resource_plan.placed_pools, nodes)
     free_memory = cluster_resources.get("memory")
     if free_memory is not None and resource_plan.host_bytes > free_memory:
         logger.warning(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bfloat16 FLOPs per second by GPU, from the vendor's data sheets."""
+PEAK_FLOPS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "B200": 2250e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOPs per second by GPU, from the vendor's data sheets; the first name that fits counts."""
 
 
 def count_flops_per_token(parameter_count: float, *, has_reference: bool, is_lora: bool) -> float:

@@ -249,13 +249,26 @@ def estimate_host_bytes(settings: Settings) -> int:
         for pool in plan_actor_pools(settings)
         if pool.role != "reward_training"
     )
+    learner = settings.learner
+    if learner.offload_optimizer:
+        return actor_bytes + _estimate_optimizer_bytes(settings)
     if not settings.is_colocated:
         return actor_bytes
     # What leaves a shared GPU: the engine's weights while it sleeps, and the learner's states while it does.
     learner_memory = estimate_learner_memory(settings)
-    offloaded_bytes = sum(learner_memory.get(state, 0) for state in ("weights", "optimizer", "reference"))
+    offloaded_bytes = sum(learner_memory.get(state, 0) for state in ("weights", "reference", "average"))
+    if settings.algorithm.name == "ppo":
+        offloaded_bytes += learner_memory["weights"]  # of the critic
     engine_bytes = settings.rollout.engines * estimate_engine_memory(settings)["weights"]
-    return actor_bytes + engine_bytes + settings.learner.workers * offloaded_bytes
+    return actor_bytes + engine_bytes + learner.workers * offloaded_bytes + _estimate_optimizer_bytes(settings)
+
+
+def _estimate_optimizer_bytes(settings: Settings) -> int:
+    """Bytes of the float32 master weights and AdamW state of all learners together, those of PPO's critic too."""
+    trained_count = count_trained_parameters(settings)
+    if settings.algorithm.name == "ppo":
+        trained_count += estimate_model_shape(settings.model.path).parameter_count
+    return (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * trained_count
 
 
 def estimate_gpu_needs(settings: Settings) -> dict[str, tuple[int, str]]:
@@ -296,10 +309,7 @@ def estimate_policy_bytes(settings: Settings) -> int:
 
 def estimate_checkpoint_bytes(settings: Settings) -> int:
     """Bytes of a checkpoint: the policy, its float32 weights and AdamW state, and those of PPO's critic."""
-    trained_count = count_trained_parameters(settings)
-    if settings.algorithm.name == "ppo":
-        trained_count += estimate_model_shape(settings.model.path).parameter_count
-    return estimate_policy_bytes(settings) + (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * trained_count
+    return estimate_policy_bytes(settings) + _estimate_optimizer_bytes(settings)
 
 
 def _get_policy_bytes_per_weight(settings: Settings) -> int:

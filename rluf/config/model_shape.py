@@ -43,21 +43,41 @@ HUB_MODEL_SHAPES: Mapping[str, ModelShape] = {
     "qwen2.5-1.5b": ModelShape(1_543_714_304, 28, 1536, 256, 151_936),
     "qwen2.5-3b": ModelShape(3_085_938_688, 36, 2048, 256, 151_936),
     "qwen2.5-7b": ModelShape(7_615_616_512, 28, 3584, 512, 152_064),
+    "qwen2.5-14b": ModelShape(14_770_033_664, 48, 5120, 1024, 152_064),
+    "qwen2.5-32b": ModelShape(32_763_876_352, 64, 5120, 1024, 152_064),
+    "qwen2.5-72b": ModelShape(72_706_203_648, 80, 8192, 1024, 152_064),
     "qwen3-0.6b": ModelShape(596_049_920, 28, 1024, 1024, 151_936),
     "qwen3-1.7b": ModelShape(1_720_574_976, 28, 2048, 1024, 151_936),
     "qwen3-4b": ModelShape(4_022_468_096, 36, 2560, 1024, 151_936),
     "qwen3-8b": ModelShape(8_190_735_360, 36, 4096, 1024, 151_936),
     "qwen3-14b": ModelShape(14_768_307_200, 40, 5120, 1024, 151_936),
     "qwen3-32b": ModelShape(32_762_123_264, 64, 5120, 1024, 151_936),
+    "qwen3-30b-a3b": ModelShape(30_532_122_624, 48, 2048, 512, 151_936),
+    "qwen3-235b-a22b": ModelShape(235_093_634_560, 94, 4096, 512, 151_936),
+    "llama-3-8b": ModelShape(8_030_261_248, 32, 4096, 1024, 128_256),
+    "llama-3-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
     "llama-3.2-1b": ModelShape(1_235_814_400, 16, 2048, 512, 128_256),
     "llama-3.2-3b": ModelShape(3_212_749_824, 28, 3072, 1024, 128_256),
     "llama-3.1-8b": ModelShape(8_030_261_248, 32, 4096, 1024, 128_256),
     "llama-3.1-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
+    "llama-3.1-405b": ModelShape(405_853_388_800, 126, 16384, 1024, 128_256),
     "llama-3.3-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
+    "mistral-7b-v0.1": ModelShape(7_241_732_096, 32, 4096, 1024, 32_000),
+    "mistral-7b-v0.2": ModelShape(7_241_732_096, 32, 4096, 1024, 32_000),
+    "mistral-7b-v0.3": ModelShape(7_248_023_552, 32, 4096, 1024, 32_768),
+    "mixtral-8x7b-v0.1": ModelShape(46_702_792_704, 32, 4096, 1024, 32_000),
+    "gemma-2-2b": ModelShape(2_614_341_888, 26, 2304, 1024, 256_000),
+    "gemma-2-9b": ModelShape(9_241_705_984, 42, 3584, 2048, 256_000),
+    "gemma-2-27b": ModelShape(27_227_128_320, 46, 4608, 2048, 256_000),
+    "gemma-3-1b": ModelShape(999_885_952, 26, 1152, 256, 262_144),
+    "gemma-3-4b": ModelShape(4_300_079_472, 34, 2560, 1024, 262_208),
+    "gemma-3-12b": ModelShape(12_187_325_040, 48, 3840, 2048, 262_208),
+    "gemma-3-27b": ModelShape(27_432_406_640, 62, 5376, 2048, 262_208),
+    "phi-4": ModelShape(14_659_507_200, 40, 5120, 1280, 100_352),
 }
 """Models on the hub by repository name without owner and variant, from their config.json."""
-VARIANT_PATTERN = re.compile(r"-(instruct|base|thinking)(-\d{4})?$")
-"""End of a repository's name that does not change the sizes, as in Qwen3-4B-Instruct-2507."""
+VARIANT_PATTERN = re.compile(r"-(instruct|base|thinking|it|pt)(-\d{4})?(?=-v\d|$)")
+"""Piece of a name that does not change the sizes, as in Qwen3-4B-Instruct-2507 and Mistral-7B-Instruct-v0.3."""
 
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -75,20 +95,17 @@ def estimate_model_shape(model_path: str) -> ModelShape:
     """
     if model_path in EMBEDDED_MODEL_SHAPES:
         return EMBEDDED_MODEL_SHAPES[model_path]
-    folder = Path(model_path).expanduser()
+    folder, known_shape = Path(model_path).expanduser(), None
     if not folder.exists() and "/" in model_path:
-        cached_folder = _find_cached_snapshot(model_path)
         hub_name = VARIANT_PATTERN.sub("", model_path.rpartition("/")[2].lower().removeprefix("meta-"))
-        if cached_folder is None and hub_name in HUB_MODEL_SHAPES:
-            return HUB_MODEL_SHAPES[hub_name]
-        folder = cached_folder or folder
+        folder, known_shape = _find_cached_snapshot(model_path) or folder, HUB_MODEL_SHAPES.get(hub_name)
     if (folder / "config.json").is_file():
         try:
             return _read_shape_from_folder(folder)
         except (OSError, ValueError, KeyError, TypeError, StopIteration, struct.error):
             note = f"{folder}/config.json could not be read; estimated from the name"
-            return replace(guess_shape_from_name(model_path), note=note)
-    return guess_shape_from_name(model_path)
+            return known_shape or replace(guess_shape_from_name(model_path), note=note)
+    return known_shape or guess_shape_from_name(model_path)
 
 
 def _find_cached_snapshot(hub_id: str) -> Path | None:

@@ -352,6 +352,12 @@ def check_colocation(settings: SettingsTree) -> str | None:
             f"{workers} and rollout.engines={engines}; set both to the same number, or weight_sync.transport=nccl with "
             "separate GPUs"
         )
+    rollout_labels, learner_labels = cluster.get_role_labels("rollout"), cluster.get_role_labels("learner")
+    if any(rollout_labels.get(key, value) != value for key, value in learner_labels.items()):
+        return (
+            f"cluster.node_labels requires {rollout_labels} of rollout and {learner_labels} of learner, which share "
+            "GPUs with weight_sync.transport=cuda_ipc; give both the same labels, or set weight_sync.transport=nccl"
+        )
     if settings.algorithm.max_staleness:
         return (
             f"algorithm.max_staleness={settings.algorithm.max_staleness} samples during updates, but with "
@@ -381,9 +387,16 @@ def check_lora_sync(settings: SettingsTree) -> str | None:
 
 
 def check_optimizer_offload(settings: SettingsTree) -> str | None:
-    """Optimizer offload needs a GPU to offload from."""
-    if not settings.learner.offload_optimizer or settings.cluster.gpus_per_learner > 0:
+    """Optimizer offload needs a GPU to offload from, and a ZeRO stage that does it."""
+    if not settings.learner.offload_optimizer:
         return None
+    if settings.cluster.gpus_per_learner > 0:
+        if settings.learner.zero_stage > 0:
+            return None
+        return (
+            "learner.offload_optimizer=true would be unused, as learner.zero_stage=0 cannot move the optimizer to host "
+            "memory; set learner.zero_stage=1 or more, or learner.offload_optimizer=false"
+        )
     return (
         "learner.offload_optimizer=true moves the optimizer off the GPU, but cluster.gpus_per_learner=0 trains on the "
         "CPU already; set learner.offload_optimizer=false or cluster.gpus_per_learner=1"

@@ -28,6 +28,10 @@ class WeightAverage:
         for name, tensor in _get_trained_weights(module).items():
             tensor.copy_(self.tensors[name])
 
+    def move_to(self, device: torch.device | str) -> None:
+        """Move the average to `device`: it must leave a GPU for an engine on the same one."""
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the average from the `tensors` of another one."""
         for name, tensor in self.tensors.items():

@@ -31,7 +31,7 @@ from rluf.models.hub import (
 from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
 from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging
-from rluf.train.actor_calls import put_object
+from rluf.train.actor_calls import put_object, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.weight_sync import WeightSync
 from rluf.types import Message, Prompt
@@ -133,14 +133,20 @@ def _find_short_rope_limit(config: Any) -> int | None:
 
 
 def check_tensor_parallel(settings: Settings, model_path: Path) -> str:
-    """The attention heads must divide among the GPUs of an engine."""
+    """The attention heads must divide among the GPUs of an engine, and its key-value heads among them, or they them."""
     config = read_model_config(model_path, settings.model.trust_remote_code).get_text_config()
     gpu_count, heads = settings.tensor_parallel, int(getattr(config, "num_attention_heads", 0) or 0)
-    if heads % gpu_count:
-        divisors = ", ".join(str(count) for count in range(1, gpu_count) if heads % count == 0)
+    kv_heads = int(getattr(config, "num_key_value_heads", 0) or heads)
+
+    def can_divide_heads(count: int) -> bool:
+        # vLLM copies a key-value head to several GPUs, all equally often.
+        return heads % count == 0 and (not kv_heads or kv_heads % count == 0 or count % kv_heads == 0)
+
+    if not can_divide_heads(gpu_count):
+        divisors = ", ".join(str(count) for count in range(1, gpu_count) if can_divide_heads(count))
         raise SettingsError(
-            f"cluster.gpus_per_engine={gpu_count} cannot divide the {heads} attention heads of {model_path}; set it to "
-            f"one of {divisors}"
+            f"cluster.gpus_per_engine={gpu_count} cannot divide the {heads} attention heads ({kv_heads} key-value "
+            f"heads) of {model_path}; set it to one of {divisors}"
         )
     return f"{heads} attention heads on {gpu_count} GPU(s) per engine"
 
@@ -350,6 +356,7 @@ async def compare_engine_and_learner(settings: Settings, model_path: Path) -> li
             messages = (Message(role="user", content=text),)
             prompt = Prompt(f"check-{index}", messages, render_prompt(tokenizer, messages), "", "train")
             engine = supervisor.actor_groups.rollout_actors[0]
+            await switch_gpu_phase(settings, supervisor.actor_groups, "generate")
             group, _ = await engine.handle.generate_group.remote(prompt, 2, settings.seed)
             weight_sync = WeightSync(settings, supervisor.actor_groups)
             await weight_sync.prepare_probe(put_object(group))

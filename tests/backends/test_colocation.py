@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from actors.learner import LearnerActor
+from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import (
     KV_CACHE_TAG,
     OPTIMIZER_STATES_TAG,
@@ -17,6 +21,7 @@ from rluf.backends.colocation import (
     PhaseAction,
     list_phase_transitions,
 )
+from rluf.config.settings import Settings
 
 PHASES: tuple[GpuPhase, ...] = tuple(RESIDENCY_BY_PHASE)
 
@@ -69,3 +74,21 @@ def test_random_transitions_end_in_the_right_residency(seed: int) -> None:
         for action in list_phase_transitions(before, phase):
             residency = apply_action(residency, action)
     assert residency == RESIDENCY_BY_PHASE[phase]
+
+
+@pytest.mark.parametrize("components", [("states",), ("weights",), ("states", "weights")])
+def test_the_average_of_the_policy_leaves_a_shared_gpu_with_the_states(
+    components: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ds, "offload_to_host", lambda engine, components: None)
+    monkeypatch.setattr(ds, "reload_to_device", lambda engine: None)
+    moves: list[str] = []
+    learner = LearnerActor(0, 1, Settings().model_dump_json(), "model")
+    learner.device = torch.device("cuda", 0)
+    learner._engine = SimpleNamespace()  # type: ignore[assignment]
+    average = SimpleNamespace(move_to=lambda device: moves.append(str(device)))
+    learner._weight_average = average  # type: ignore[assignment]
+    learner.offload(components)
+    assert moves == (["cpu"] if "states" in components else [])
+    learner.reload()
+    assert moves[-1] == "cuda:0"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.multiprocessing.reductions import reduce_tensor
-from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from rluf.backends.weight_transfer.cuda_ipc import (
     describe_bucket,
@@ -26,6 +28,8 @@ BUCKET = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vllm_unpacks_a_filled_buffer(dtype: torch.dtype) -> None:
+    from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+
     bucket = [(name, tensor.to(dtype)) for name, tensor in BUCKET]
     buffer = torch.full((1000,), 255, dtype=torch.uint8)
     sizes = fill_buffer(buffer, bucket)
@@ -50,3 +54,14 @@ def test_handle_types_are_removed_and_restored() -> None:
 
 def test_a_single_rank_gathers_its_own_handle() -> None:
     assert gather_ipc_handles({"gpu": [1, b"x"]}) == {"gpu": [1, b"x"]}
+
+
+def gather_as_rank(rank: int, store_file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=2)
+    handles = gather_ipc_handles({f"gpu {rank}": [rank, b"handle"]})
+    assert handles == {"gpu 0": [0, b"handle"], "gpu 1": [1, b"handle"]}
+    dist.destroy_process_group()
+
+
+def test_every_rank_has_the_handles_of_all_gpus(tmp_path: Path) -> None:
+    mp.spawn(gather_as_rank, args=(str(tmp_path / "store"),), nprocs=2)

@@ -20,6 +20,9 @@ def test_flops_per_token_and_parameter(has_reference: bool, is_lora: bool, expec
     [
         ("NVIDIA H100 80GB HBM3", 1, 8e9 * 8 * 4000 / 989e12),
         ("NVIDIA H200", 8, 8e9 * 8 * 4000 / (8 * 989e12)),
+        ("NVIDIA H100 PCIe", 1, 8e9 * 8 * 4000 / 756e12),
+        ("NVIDIA H100 NVL", 2, 8e9 * 8 * 4000 / (2 * 835e12)),
+        ("NVIDIA H200 NVL", 1, 8e9 * 8 * 4000 / 835e12),
         ("NVIDIA A100-SXM4-80GB", 4, 8e9 * 8 * 4000 / (4 * 312e12)),
         ("NVIDIA GeForce GTX 1080", 1, None),
         ("cpu", 1, None),

@@ -34,11 +34,11 @@ def test_quickstart_fits_two_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "gpu_count", "actor_count"), [("llama3-8b-8gpu.yaml", 8, 17), ("llama3-70b-64gpu.yaml", 64, 43)]
+    ("config", "gpu_count", "bundle_count"), [("llama3-8b-8gpu.yaml", 8, 10), ("llama3-70b-64gpu.yaml", 64, 43)]
 )
-def test_gpu_configs_use_every_gpu_of_their_cluster(config: str, gpu_count: int, actor_count: int) -> None:
+def test_gpu_configs_use_every_gpu_of_their_cluster(config: str, gpu_count: int, bundle_count: int) -> None:
     resource_plan = plan_resources(make_settings(config=config))
-    assert (resource_plan.gpu_count, len(resource_plan.bundles)) == (gpu_count, actor_count)
+    assert (resource_plan.gpu_count, len(resource_plan.bundles)) == (gpu_count, bundle_count)
     check_plan(resource_plan, {"CPU": 1000.0, "GPU": float(gpu_count)}, [{"CPU": 128.0, "GPU": 8.0}] * (gpu_count // 8))
     with pytest.raises(ResourceError):
         check_plan(resource_plan, {"CPU": 1000.0, "GPU": gpu_count - 1.0})
@@ -134,10 +134,12 @@ def test_a_labeled_node_must_be_large_enough() -> None:
         make_settings("cluster.node_labels={learner: {market: on-demand}}", config="llama3-8b-8gpu.yaml")
     )
     spot, on_demand = (
-        {"CPU": 48.0, "GPU": gpus, "market=" + kind: 1.0} for kind, gpus in (("spot", 4.0), ("on-demand", 4.0))
+        {"CPU": 48.0, "GPU": gpus, "market=" + kind: 1.0} for kind, gpus in (("spot", 1.0), ("on-demand", 7.0))
     )
     total = {"CPU": 96.0, "GPU": 8.0}
     check_plan(resource_plan, total, [spot, on_demand])
+    with pytest.raises(ResourceError, match="rollout with learner 7 x 1 need 7 GPUs on nodes with the label"):
+        check_plan(resource_plan, total, [spot | {"GPU": 4.0}, on_demand | {"GPU": 4.0}])
     with pytest.raises(ResourceError) as raised:
         check_plan(resource_plan, total, [spot, spot])
     assert "the label market=on-demand but no node has it (existing labels: market=spot)" in str(raised.value)
@@ -211,3 +213,30 @@ def test_pools_of_one_label_must_fit_together(overrides: list[str], message: str
     nodes = [{"CPU": 8.0, "GPU": 2.0, "pool=a": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
     with pytest.raises(ResourceError, match=message):
         check_plan(plan_resources(load_settings(None, overrides).settings), {"CPU": 16, "GPU": 4}, nodes)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.6, 0.3), (0.3, 0.3)])
+def test_a_colocated_pair_has_a_gpu_to_itself_whatever_its_shares(shares: tuple[float, float]) -> None:
+    overrides = [
+        f"cluster.gpus_per_engine={shares[0]}", f"cluster.gpus_per_learner={shares[1]}",
+        "weight_sync.transport=cuda_ipc", "rollout.engines=5", "learner.workers=5",
+    ]  # fmt: skip
+    resource_plan = plan_resources(make_settings(*overrides))
+    assert resource_plan.gpu_count == 5 and [bundle.get("GPU") for bundle in resource_plan.bundles[:6]] == [1.0] * 5 + [
+        None
+    ]
+    check_plan(resource_plan, {"CPU": 16.0, "GPU": 5.0}, [{"CPU": 16.0, "GPU": 5.0}])
+    with pytest.raises(ResourceError, match="needs 5 GPUs, but the cluster has 4"):
+        check_plan(resource_plan, {"CPU": 16.0, "GPU": 4.0})
+
+
+def test_a_colocated_pair_runs_on_nodes_with_the_labels_of_both() -> None:
+    overrides = [
+        "cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "weight_sync.transport=cuda_ipc",
+        "cluster.node_labels={rollout: {pool: a}, learner: {market: on-demand}}",
+    ]  # fmt: skip
+    resource_plan = plan_resources(make_settings(*overrides))
+    nodes = [{"CPU": 8.0, "GPU": 1.0, "pool=a": 1.0}, {"CPU": 8.0, "GPU": 1.0, "market=on-demand": 1.0}]
+    with pytest.raises(ResourceError, match="pool=a with the label market=on-demand but no node has it"):
+        check_plan(resource_plan, {"CPU": 16.0, "GPU": 2.0}, nodes)
+    check_plan(resource_plan, {"CPU": 16.0, "GPU": 2.0}, [nodes[0] | nodes[1], nodes[0]])

@@ -243,6 +243,31 @@ def test_engine_and_host_memory_of_the_shipped_models() -> None:
         assert estimate_host_bytes(loaded) - processes * 0.8 * 2**30 == pytest.approx(expected, rel=0.05)
 
 
+COLOCATED = ("cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "weight_sync.transport=cuda_ipc")
+SEPARATE = ("cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1", "learner.offload_optimizer=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_per_weight"),
+    [
+        (COLOCATED, 2 + 2 + 2 + 12),  # the engine's weights; weights, reference and optimizer of the learner
+        ((*COLOCATED, "algorithm.kl_coef=0"), 2 + 2 + 12),
+        ((*COLOCATED, "learner.ema_decay=0.9"), 2 + 2 + 2 + 12 + 4),
+        ((*COLOCATED, "algorithm.name=ppo"), 2 + 2 + 2 + 12 + 2 + 12),
+        (SEPARATE, 12),
+        ((*SEPARATE, "algorithm.name=ppo"), 12 + 12),
+        ((*SEPARATE, "learner.workers=4"), 12),  # of all ranks together
+        (SEPARATE[:2], 0),
+    ],
+)
+def test_host_memory_has_what_leaves_the_gpus(overrides: tuple[str, ...], bytes_per_weight: int) -> None:
+    chosen = settings("model.path=Qwen/Qwen2.5-3B", *(f"objectives.{n}.path=tiny" for n in ("love", "helpfulness")),
+                      "objectives.safety={source: judge, path: refusal}", *overrides)  # fmt: skip
+    processes = sum(pool.actor_count for pool in plan_actor_pools(chosen) if pool.role != "reward_training")
+    moved_bytes = estimate_host_bytes(chosen) - processes * 0.8 * 2**30
+    assert moved_bytes / 3_085_938_688 == pytest.approx(bytes_per_weight, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "name", ["meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B", "mirror/llama-3.1-8b-instruct"]
 )

@@ -68,20 +68,101 @@ QWEN3 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", QWEN3)
-def test_the_table_has_the_sizes_of_the_models(size: str) -> None:
+def qwen3_sizes(size: str) -> tuple[str, dict[str, Any]]:
+    hidden, intermediate, layers, heads = QWEN3[size]
+    return "Qwen3", {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+        "tie_word_embeddings": float(size[:-1]) < 8,
+    }  # fmt: skip
+
+
+def sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **others: Any
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+        "tie_word_embeddings": False, **others,
+    }  # fmt: skip
+
+
+GEMMA: dict[str, Any] = {"tie_word_embeddings": True, "head_dim": 256}
+GEMMA_27B: dict[str, Any] = {"tie_word_embeddings": True, "head_dim": 128}
+VISION_PARAMETERS = 416_867_184
+"""Parameters of Gemma 3's encoder of images; a projection of 1152 x hidden size comes with it."""
+TABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"qwen3-{size}": qwen3_sizes(size) for size in QWEN3},
+    "qwen2.5-14b": ("Qwen2", sizes(5120, 13824, 48, 40, 8, 152_064)),
+    "qwen2.5-32b": ("Qwen2", sizes(5120, 27648, 64, 40, 8, 152_064)),
+    "qwen2.5-72b": ("Qwen2", sizes(8192, 29568, 80, 64, 8, 152_064)),
+    "qwen3-30b-a3b": (
+        "Qwen3Moe", sizes(2048, 6144, 48, 32, 4, 151_936, moe_intermediate_size=768, num_experts=128, head_dim=128)
+    ),
+    "qwen3-235b-a22b": (
+        "Qwen3Moe", sizes(4096, 12288, 94, 64, 4, 151_936, moe_intermediate_size=1536, num_experts=128, head_dim=128)
+    ),
+    "llama-3-8b": ("Llama", sizes(4096, 14336, 32, 32, 8, 128_256)),
+    "llama-3-70b": ("Llama", sizes(8192, 28672, 80, 64, 8, 128_256)),
+    "llama-3.1-405b": ("Llama", sizes(16384, 53248, 126, 128, 8, 128_256)),
+    "mistral-7b-v0.1": ("Mistral", sizes(4096, 14336, 32, 32, 8, 32_000)),
+    "mistral-7b-v0.3": ("Mistral", sizes(4096, 14336, 32, 32, 8, 32_768)),
+    "mixtral-8x7b-v0.1": ("Mixtral", sizes(4096, 14336, 32, 32, 8, 32_000, num_local_experts=8)),
+    "gemma-2-2b": ("Gemma2", sizes(2304, 9216, 26, 8, 4, 256_000, **GEMMA)),
+    "gemma-2-9b": ("Gemma2", sizes(3584, 14336, 42, 16, 8, 256_000, **GEMMA)),
+    "gemma-2-27b": ("Gemma2", sizes(4608, 36864, 46, 32, 16, 256_000, **GEMMA_27B)),
+    "gemma-3-1b": ("Gemma3Text", sizes(1152, 6912, 26, 4, 1, 262_144, **GEMMA)),
+    "gemma-3-4b": ("Gemma3Text", sizes(2560, 10240, 34, 8, 4, 262_208, **GEMMA)),
+    "gemma-3-12b": ("Gemma3Text", sizes(3840, 15360, 48, 16, 8, 262_208, **GEMMA)),
+    "gemma-3-27b": ("Gemma3Text", sizes(5376, 21504, 62, 32, 16, 262_208, **GEMMA_27B)),
+    "phi-4": ("Phi3", sizes(5120, 17920, 40, 40, 10, 100_352, pad_token_id=0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_has_the_sizes_of_the_models(name: str) -> None:
     import torch
     import transformers
 
-    hidden, intermediate, layers, heads = QWEN3[size]
-    config = transformers.Qwen3Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=151_936, tie_word_embeddings=float(size[:-1]) < 8,
-    )  # fmt: skip
+    family, config_sizes = TABLE[name]
+    config = getattr(transformers, f"{family}Config")(**config_sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert HUB_MODEL_SHAPES[f"qwen3-{size}"] == ModelShape(parameters, layers, hidden, 8 * 128, 151_936)
+    if name in ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"):
+        parameters += VISION_PARAMETERS + 1152 * config.hidden_size
+    head_size = config_sizes.get("head_dim", config.hidden_size // config.num_attention_heads)
+    assert HUB_MODEL_SHAPES[name] == ModelShape(
+        parameters, config.num_hidden_layers, config.hidden_size, head_size * config.num_key_value_heads,
+        config.vocab_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "table_name"),
+    [
+        ("google/gemma-2-9b-it", "gemma-2-9b"),
+        ("google/gemma-3-1b-pt", "gemma-3-1b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b-v0.1"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("microsoft/phi-4", "phi-4"),
+    ],
+)
+def test_names_of_other_families_are_in_the_table(name: str, table_name: str) -> None:
+    assert estimate_model_shape(name) == HUB_MODEL_SHAPES[table_name]
+
+
+def test_sizes_that_a_downloaded_config_leaves_to_its_class_are_those_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 3's: heads and vocabulary are in the code only."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--google--gemma-3-4b-it" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 2560, "num_hidden_layers": 34}}))
+    assert estimate_model_shape("google/gemma-3-4b-it") == HUB_MODEL_SHAPES["gemma-3-4b"]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ["weight_sync.transport=lora"],
             ["weight_sync.transport=lora", "learner.lora_rank=0", "weight_sync.transport=shm"],
         ),
+        (
+            [*COLOCATED, "cluster.node_labels={rollout: {pool: a}, learner: {pool: b}}"],
+            ["cluster.node_labels", "{'pool': 'a'} of rollout", "{'pool': 'b'} of learner", "same labels"],
+        ),
+        (
+            ["learner.offload_optimizer=true", "cluster.gpus_per_learner=1", "learner.zero_stage=0"],
+            ["learner.offload_optimizer=true", "learner.zero_stage=0", "learner.zero_stage=1"],
+        ),
         (["learner.offload_optimizer=true"], ["cluster.gpus_per_learner=0", "learner.offload_optimizer=false"]),
         (
             ["rollout.max_prompt_tokens=4096"],

@@ -45,3 +45,9 @@ def test_a_refreshed_reference_has_the_weights_of_the_policy() -> None:
     copy_weights(policy, reference)
     assert torch.equal(policy.weight, reference.weight) and torch.equal(policy.bias, reference.bias)
     assert not reference.weight.requires_grad
+
+
+def test_an_average_leaves_its_device() -> None:
+    average = WeightAverage(nn.Linear(3, 2), 0.9)
+    average.move_to("meta")
+    assert {tensor.device.type for tensor in average.tensors.values()} == {"meta"}

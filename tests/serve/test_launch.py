@@ -35,15 +35,19 @@ def test_the_file_matches_ray_serves_schema_and_its_settings_load(name: str) -> 
     assert settings.serve.port == 8000
 
 
-def test_only_the_proxy_and_the_operator_reach_the_pods_of_ray() -> None:
+def test_only_proxy_operator_and_submitter_reach_the_pods_of_ray() -> None:
     policy = yaml.safe_load((LAUNCH / "networkpolicy.yaml").read_text())
     assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     ray_pods = policy["spec"]["podSelector"]
     assert ray_pods["matchLabels"] == {"ray.io/is-ray-node": "yes"}
-    of_ray, of_operator, of_proxy = policy["spec"]["ingress"]
+    of_ray, of_operator, of_submitter, of_proxy = policy["spec"]["ingress"]
     assert of_ray == {"from": [{"podSelector": ray_pods}]}
     assert all(peer["podSelector"]["matchLabels"] for rule in (of_operator, of_proxy) for peer in rule["from"])
+    # KubeRay submits from a Job with the name of the RayJob, to the dashboard.
+    job_name = yaml.safe_load((LAUNCH / "rayjob.yaml").read_text())["metadata"]["name"]
+    submitter = {"podSelector": {"matchLabels": {"batch.kubernetes.io/job-name": job_name}}}
+    assert of_submitter == {"from": [submitter], "ports": [{"port": 8265}]}
     http_port = load_serve_configs()["serve.yaml"]["http_options"]["port"]
     assert of_proxy["ports"] == [{"port": http_port}] and {"port": http_port} in of_operator["ports"]
 

@@ -219,6 +219,24 @@ def test_an_engines_gpus_divide_the_attention_heads(gpu_count: int, choices: str
         check_tensor_parallel(settings, folder)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "gpu_count", "choices"),
+    [(24, 8, 3, "1, 2"), (40, 10, 4, "1, 2"), (28, 4, 7, "1, 2, 4"), (12, 2, 3, "1, 2"), (16, 2, 8, ""), (8, 8, 4, "")],
+    ids=["Llama 3.2 3B", "Phi 4", "Qwen2.5 7B", "Qwen2.5 1.5B", "one head on four GPUs", "no groups"],
+)
+def test_an_engines_gpus_divide_the_key_value_heads_or_share_them_evenly(
+    heads: int, kv_heads: int, gpu_count: int, choices: str, folder: Path
+) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 16 * heads, "head_dim": 16}
+    edit_json(folder / "config.json", **sizes)
+    settings = Settings.model_validate({"cluster": {"gpus_per_engine": gpu_count}})
+    if not choices:
+        assert check_tensor_parallel(settings, folder)
+        return
+    with pytest.raises(SettingsError, match=rf"\({kv_heads} key-value heads\) of .* one of {choices}$"):
+        check_tensor_parallel(settings, folder)
+
+
 @pytest.mark.slow
 def test_the_whole_check_passes_for_the_tiny_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings.model_validate({"model": {"path": "tiny"}, "run": {"cache": str(tmp_path)}})

@@ -154,7 +154,7 @@ def gather_ipc_handles(local_handles: Mapping[str, list[Any]]) -> dict[str, list
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return dict(local_handles)
     rank_handles: list[dict[str, list[Any]]] = [{} for _ in range(dist.get_world_size())]
-    dist.gather_objects(rank_handles, dict(local_handles))
+    dist.all_gather_object(rank_handles, dict(local_handles))
     return {gpu_uuid: handle for handles in rank_handles for gpu_uuid, handle in handles.items()}
 
 
