@@ -459,7 +459,7 @@ class RewardAggregator:
     def _update_multipliers(
         self, groups: Sequence[GroupScores], normalized_signals: Mapping[str, list[list[float]]]
     ) -> None:
-        """Update the multipliers from the step's means; topics with an objective of their own count for its floor only."""
+        """Update the multipliers from the means of the step; topics with an own objective count for its floor only."""
         topic_objectives, normalizer = self.aggregation.topic_objectives, self.normalizer
         means, standard_errors, zero_errors = {}, {}, {}
         for objective in self.aggregation.floors:
