@@ -262,6 +262,8 @@ class GroupScores:
     """Whether each response ended by itself; empty where truncation does not count."""
     overlong_penalties: Sequence[float] = ()
     """Subtracted from the rewards; empty without algorithm.overlong_buffer."""
+    plain_objectives: Collection[str] = ()
+    """Objectives whose signals are no logits: those of judges and reward functions, here or in a service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +335,7 @@ class RewardAggregator:
             logit_objectives=[
                 name
                 for name, objective in self.objectives.by_objective.items()
-                if objective.source in ("model", "serve")
+                if objective.source in ("model", "serve") and name not in groups[0].plain_objectives
             ],
         )
         return self.normalizer
@@ -440,7 +442,8 @@ class RewardAggregator:
         scales = {
             name: self.normalizer.sd[name]
             for name, objective in self.objectives.by_objective.items()
-            if objective.source == "function" and self.normalizer is not None
+            if self.normalizer is not None
+            and (objective.source == "function" or (objective.source == "serve" and name in group.plain_objectives))
         }
         active_weights = {name: weight for name, weight in weights.items() if weight}
         group_means = {name: fmean(values) for name, values in group.signals.items()}
