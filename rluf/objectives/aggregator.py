@@ -363,8 +363,8 @@ class RewardAggregator:
         """Rewards of a batch. Without `fit_reference` this batch is the reference.
 
         Truncated responses get less than the finished ones of their group (`lower_truncated`). With `apply_gate`, a
-        response that failed a judge gets the lowest reward of the step (0 with method calibrated); elsewhere advantages
-        account for judges. Raises SettingsError when objectives and scores do not match.
+        response that failed a judge gets the lowest reward of the step (at most 0 with method calibrated); elsewhere
+        advantages account for judges. Raises SettingsError when objectives and scores do not match.
         """
         objectives = list(groups[0].signals)
         normalizer = self.normalizer or self.fit_reference(groups)
@@ -394,8 +394,9 @@ class RewardAggregator:
             for name, rows in normalized_signals.items()
         }
         if apply_gate:
-            # Calibrated rewards lie in (0, 1), so 0 is below all of them.
-            rewards = _apply_gate_to_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
+            # Calibrated rewards lie in (0, 1), so 0 is below all of them but those of truncated responses.
+            lowest = min(map(min, rewards))
+            rewards = _apply_gate_to_groups(rewards, groups, min(lowest, 0.0) if is_calibrated else lowest)
             normalized_signals = {
                 name: _apply_gate_to_groups(group_signals, groups, min(map(min, group_signals)))
                 for name, group_signals in normalized_signals.items()

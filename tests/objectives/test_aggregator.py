@@ -267,6 +267,14 @@ def test_a_failed_judge_gives_the_lowest_reward_of_the_step() -> None:
     assert gdpo_step.normalized_signals["love"] == [[1.0, -2.0], [-2.0, 0.0]]
 
 
+def test_a_failed_judge_is_not_better_than_a_truncated_response_with_calibrated_rewards() -> None:
+    signals = {"love": [-2.0, -1.0, 2.0], "helpfulness": [0.0] * 3, "safety": [0.0] * 3}
+    group = GroupScores("p", "", signals, (True, False, True), (False, True, True))
+    step = build_aggregator("calibrated", (1.0, 0.0, 0.0)).aggregate([group], apply_gate=True)
+    truncated, failed, passed = step.rewards[0]
+    assert failed == truncated < 0.0 < passed
+
+
 UNSMOOTHED = ControllerGains(integral=0.5, integral_cap=10.0, window_steps=1)
 
 
