@@ -232,7 +232,7 @@ def _split_at_marks(text: str) -> Iterator[tuple[str, bool]]:
 
 
 @lru_cache(maxsize=16)
-def _adds_prefix(tokenizer: PreTrainedTokenizerFast) -> bool:
+def _has_blank_prefix(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer puts a blank in front of a text, as those of SentencePiece do."""
     alone, behind = _tokenize(tokenizer, ["x", f"{LITERAL_START}x"])["input_ids"]
     return bool(behind[-len(alone) :] != alone)
@@ -242,7 +242,7 @@ def _encode_segment(
     tokenizer: PreTrainedTokenizerFast, text: str, *, is_continued: bool = False
 ) -> tuple[list[int], list[int]]:
     """Ids and starts of a text; `is_continued`: it stands within a longer one, so that no blank is put in front."""
-    guard = LITERAL_START if is_continued and _adds_prefix(tokenizer) else ""
+    guard = LITERAL_START if is_continued and _has_blank_prefix(tokenizer) else ""
     encoding = tokenizer(guard + text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     tokens = [(token_id, start - len(guard)) for token_id, (start, _) in pairs if start >= len(guard)]
