@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rluf.algorithms.registry import check_algorithm
+from rluf.algorithms.registry import check_algorithm, find_algorithm
 from rluf.config.derived import list_configured_reward_folders
 from rluf.config.objectives import find_objective_spec
 from rluf.config.reward import ObjectiveSettings
@@ -63,6 +63,25 @@ def check_inputs(
         load_judge(judge)
     for tracker in settings.tracking.trackers:
         load_tracker(tracker)
+
+
+def check_training_rows(settings: Settings) -> None:
+    """Check that the logged responses which the policy itself is trained on have a log. Raises DataError."""
+    algorithm, topic_objectives = settings.algorithm, settings.aggregation.topic_objectives
+    if find_algorithm(algorithm.name).offline:
+        key, objectives = f"algorithm.name={algorithm.name}", {"helpfulness" if algorithm.name == "dpo" else "love"}
+        advice = "choose another algorithm"
+    else:
+        key, objectives = f"algorithm.demonstrations={algorithm.demonstrations}", set(topic_objectives.values())
+        advice = f"set algorithm.demonstrations=0 (aggregation.topic_objectives={topic_objectives})"
+        if not algorithm.demonstrations:
+            return
+    for objective in sorted(objectives):
+        data_key = find_objective_spec(objective).data_key
+        if not settings.data.sources_by_kind.get(data_key):
+            raise DataError(
+                f"{key} trains on responses of data.{data_key}, which is empty; name a log there, or {advice}"
+            )
 
 
 def list_trained_objectives(settings: Settings) -> list[str]:

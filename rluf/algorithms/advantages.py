@@ -267,16 +267,16 @@ def gdpo(inputs: AdvantageInputs) -> Advantages:
 # CGPO's three optimizers (CRPG, CRRAFT, CODPO) are weights of the log-likelihood of each response. They take calibrated
 # rewards in (0, 1), the judges' verdicts, and the KL of each response to the reference in nats. Their losses are linear
 # in log pi, or (CODPO) have a gradient that is, with a factor known when the batch is sampled, so the learner needs one
-# number per response. Source: arXiv 2409.20370, section 4. Masks exclude a response instead of multiplying its reward
-# by 0, since a failing response with product 0 could be the maximum among negative rewards.
+# number per response. Source: arXiv 2409.20370, section 4. The penalty of a truncated response may lower its reward
+# below 0, where a failing response with product 0 would be better: such a reward counts as 0.
 def crpg(inputs: AdvantageInputs) -> Advantages:
     """Calibrated-regularized policy gradient: A_i = w_i - mean of w over the step.
 
-    w_i = J_i * R_i * clip(1 - kl_i / max_response_kl, 0, 1), where J_i is 1 when every judge passes and 0 otherwise.
+    w_i = J_i * max(R_i, 0) * clip(1 - kl_i / max_response_kl, 0, 1), where J_i is 1 when every judge passes and else 0.
     """
     group_weights = [
         [
-            reward
+            max(reward, 0.0)
             * inputs.has_passed_judges(group_index, sample_index)
             * min(1.0, max(0.0, 1.0 - inputs.get_response_kl(group_index, sample_index) / inputs.max_response_kl))
             for sample_index, reward in enumerate(rewards)
@@ -303,7 +303,9 @@ def crraft(inputs: AdvantageInputs) -> Advantages:
             and inputs.get_response_kl(group_index, index) <= inputs.max_response_kl
         ]
         best_sample = max(allowed_samples, key=lambda index: rewards[index], default=None)
-        sample_advantages.append([reward if index == best_sample else 0.0 for index, reward in enumerate(rewards)])
+        sample_advantages.append(
+            [max(reward, 0.0) if index == best_sample else 0.0 for index, reward in enumerate(rewards)]
+        )
     return Advantages(sample_advantages)
 
 

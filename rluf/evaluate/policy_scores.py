@@ -12,6 +12,7 @@ import torch
 from rluf.algorithms.policy_model import compute_target_logprobs, load_policy
 from rluf.models.chat import RejectedConversationError, encode_texts, render_prompt
 from rluf.models.hub import load_tokenizer
+from rluf.models.turn_end import find_response_end_id
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def compute_target_scores(policy_folder: Path, rows: Sequence[Mapping[str, Any]]
     were sampled: then the log-probability would be of other tokens. Such rows are counted in one warning.
     """
     tokenizer = load_tokenizer(policy_folder)
+    end_id = find_response_end_id(tokenizer)
     model = load_policy(policy_folder, dtype=torch.float32, is_packed=False).eval()
     scores: dict[str, float] = {}
     other_token_count = 0
@@ -32,7 +34,7 @@ def compute_target_scores(policy_folder: Path, rows: Sequence[Mapping[str, Any]]
             continue
         response_ids = encode_texts(tokenizer, [row["response"]])[0]
         if row["finish_reason"] != "length":
-            response_ids = [*response_ids, tokenizer.eos_token_id]
+            response_ids = [*response_ids, end_id]
         try:
             prompt_ids = render_prompt(tokenizer, row["messages"])
         except RejectedConversationError:

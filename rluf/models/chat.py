@@ -143,7 +143,8 @@ def encode_marked_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
     for i in set(range(len(texts))).difference(plain):
         offset = 0
         for text, is_literal in _split_at_marks(texts[i]):
-            token_ids, starts = _encode_literal(tokenizer, text) if is_literal else _encode_segment(tokenizer, text)
+            encode = _encode_literal if is_literal else _encode_segment
+            token_ids, starts = encode(tokenizer, text, is_continued=offset > 0)
             rows[i][0].extend(token_ids)
             rows[i][1].extend(offset + start for start in starts)
             offset += len(text)
@@ -230,29 +231,46 @@ def _split_at_marks(text: str) -> Iterator[tuple[str, bool]]:
             yield segment, index % 2 == 1
 
 
-def _encode_segment(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
-    encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    return encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]]
+@lru_cache(maxsize=16)
+def _has_blank_prefix(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer puts a blank in front of a text, as those of SentencePiece do."""
+    alone, behind = _tokenize(tokenizer, ["x", f"{LITERAL_START}x"])["input_ids"]
+    return bool(behind[-len(alone) :] != alone)
 
 
-def _encode_literal(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
+def _encode_segment(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, is_continued: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids and starts of a text; `is_continued`: it stands within a longer one, so that no blank is put in front."""
+    guard = LITERAL_START if is_continued and _has_blank_prefix(tokenizer) else ""
+    encoding = tokenizer(guard + text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    tokens = [(token_id, start - len(guard)) for token_id, (start, _) in pairs if start >= len(guard)]
+    return [token_id for token_id, _ in tokens], [start for _, start in tokens]
+
+
+def _encode_literal(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, is_continued: bool = False
+) -> tuple[list[int], list[int]]:
     """Ids of a control string as characters: cut after the first one, or after each, so that no segment is a token."""
-    token_ids, starts = _encode_segments(tokenizer, [text[:1], text[1:]])
+    token_ids, starts = _encode_segments(tokenizer, [text[:1], text[1:]], is_continued)
     control_ids = list_control_ids(tokenizer)
     if not control_ids.isdisjoint(token_ids):
-        token_ids, starts = _encode_segments(tokenizer, list(text))
+        token_ids, starts = _encode_segments(tokenizer, list(text), is_continued)
     # What is left are control tokens of one character, which cannot be written in another way.
     allowed = [i for i, token_id in enumerate(token_ids) if token_id not in control_ids]
     return [token_ids[i] for i in allowed], [starts[i] for i in allowed]
 
 
-def _encode_segments(tokenizer: PreTrainedTokenizerFast, segments: Sequence[str]) -> tuple[list[int], list[int]]:
+def _encode_segments(
+    tokenizer: PreTrainedTokenizerFast, segments: Sequence[str], is_continued: bool
+) -> tuple[list[int], list[int]]:
     """Ids of consecutive segments of a text, each encoded by itself, and where each token starts in the text."""
     token_ids: list[int] = []
     starts: list[int] = []
     offset = 0
     for segment in filter(None, segments):
-        segment_ids, segment_starts = _encode_segment(tokenizer, segment)
+        segment_ids, segment_starts = _encode_segment(tokenizer, segment, is_continued=is_continued or offset > 0)
         token_ids += segment_ids
         starts += [offset + start for start in segment_starts]
         offset += len(segment)

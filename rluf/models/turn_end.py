@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.errors import ModelError
-from rluf.models.chat import apply_chat_template, list_control_ids
+from rluf.models.chat import RejectedConversationError, apply_chat_template, list_control_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,13 +42,44 @@ def read_stop_token_ids(model_folder: Path, eos_token_id: int | None) -> list[in
     return sorted(token_ids)
 
 
-def find_turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Id of the first control token that the chat template writes after a response; None if it writes none."""
-    text = apply_chat_template(tokenizer, ["user", "assistant", "user"], ["Hi", RESPONSE_MARKER, "Bye"])
-    ending = text.partition(RESPONSE_MARKER)[2].partition("Bye")[0]
+def find_turn_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the first control token that the chat template writes after a response; empty if it writes none.
+
+    First that after the last response of a conversation, then that before the user's next message: some templates end
+    the last one with another token. Raises RejectedConversationError if the template rejects both conversations.
+    """
     control_ids = list_control_ids(tokenizer)
-    token_ids: list[int] = tokenizer(ending, add_special_tokens=False)["input_ids"]
-    return next((token_id for token_id in token_ids if token_id in control_ids), None)
+    turn_end_ids, rejection = [], None
+    for roles, contents in ((["user", "assistant"], []), (["user", "assistant", "user"], ["Bye"])):
+        try:
+            text = apply_chat_template(tokenizer, roles, ["Hi", RESPONSE_MARKER, *contents])
+        except RejectedConversationError as error:
+            rejection = error
+            continue
+        ending = text.partition(RESPONSE_MARKER)[2].partition("Bye")[0]
+        token_ids: list[int] = tokenizer(ending, add_special_tokens=False)["input_ids"]
+        turn_end_ids += [token_id for token_id in token_ids if token_id in control_ids][:1]
+    if rejection is not None and not turn_end_ids:
+        raise rejection
+    return list(dict.fromkeys(turn_end_ids))
+
+
+def find_response_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that ends a logged response, as the policy would: that of the template, else the end token.
+
+    Raises ModelError if the tokenizer has neither.
+    """
+    try:
+        turn_end_ids = find_turn_end_ids(tokenizer)
+    except RejectedConversationError:
+        turn_end_ids = []
+    end_id = next(iter(turn_end_ids), tokenizer.eos_token_id)
+    if end_id is None:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no token that ends a response; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return int(end_id)
 
 
 def list_stop_token_ids(tokenizer: PreTrainedTokenizerFast, stop_strings: Sequence[str]) -> list[int]:

@@ -262,6 +262,8 @@ class GroupScores:
     """Whether each response ended by itself; empty where truncation does not count."""
     overlong_penalties: Sequence[float] = ()
     """Subtracted from the rewards; empty without algorithm.overlong_buffer."""
+    plain_objectives: Collection[str] = ()
+    """Objectives whose signals are no logits: those of judges and reward functions, here or in a service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +335,7 @@ class RewardAggregator:
             logit_objectives=[
                 name
                 for name, objective in self.objectives.by_objective.items()
-                if objective.source in ("model", "serve")
+                if objective.source in ("model", "serve") and name not in groups[0].plain_objectives
             ],
         )
         return self.normalizer
@@ -361,16 +363,19 @@ class RewardAggregator:
         """Rewards of a batch. Without `fit_reference` this batch is the reference.
 
         Truncated responses get less than the finished ones of their group (`lower_truncated`). With `apply_gate`, a
-        response that failed a judge gets the lowest reward of the step (0 with method calibrated); elsewhere advantages
-        account for judges. Raises SettingsError when objectives and scores do not match.
+        response that failed a judge gets the lowest reward of the step (at most 0 with method calibrated); elsewhere
+        advantages account for judges. Raises SettingsError when objectives and scores do not match.
         """
         objectives = list(groups[0].signals)
         normalizer = self.normalizer or self.fit_reference(groups)
         normalized_signals = {
             name: [normalizer.normalize(name, group.signals[name]) for group in groups] for name in objectives
         }
-        weights = [self._get_active_weights(group.topic) for group in groups]
         metrics: dict[str, float] = {}
+        if self.aggregation.method == "constrained":
+            self._update_multipliers(groups, normalized_signals)
+            metrics = {f"multiplier_{name}": value for name, value in self.multipliers.values.items()}
+        weights = [self._get_active_weights(group.topic) for group in groups]
         is_calibrated = self.aggregation.method == "calibrated"
         if is_calibrated:
             rewards = [
@@ -378,9 +383,6 @@ class RewardAggregator:
                 for group, group_weights in zip(groups, weights, strict=True)
             ]
         else:
-            if self.aggregation.method == "constrained":
-                weights = self._compute_constrained_weights(groups, normalized_signals, weights)
-                metrics = {f"multiplier_{name}": value for name, value in self.multipliers.values.items()}
             rewards = [
                 sum_weighted_signals(group.signals, group_weights, normalizer)
                 for group, group_weights in zip(groups, weights, strict=True)
@@ -392,8 +394,9 @@ class RewardAggregator:
             for name, rows in normalized_signals.items()
         }
         if apply_gate:
-            # Calibrated rewards lie in (0, 1), so 0 is below all of them.
-            rewards = _apply_gate_to_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
+            # Calibrated rewards lie in (0, 1), so 0 is below all of them but those of truncated responses.
+            lowest = min(map(min, rewards))
+            rewards = _apply_gate_to_groups(rewards, groups, min(lowest, 0.0) if is_calibrated else lowest)
             normalized_signals = {
                 name: _apply_gate_to_groups(group_signals, groups, min(map(min, group_signals)))
                 for name, group_signals in normalized_signals.items()
@@ -414,17 +417,35 @@ class RewardAggregator:
         return pstdev(rewards) / (math.hypot(*weights.values()) or 1.0) if min(rewards) < max(rewards) else 0.0
 
     def _get_active_weights(self, topic: str) -> dict[str, float]:
-        """Weight of each objective on prompts of the topic; 0 for suspended objectives."""
-        return {
-            name: 0.0 if name in self.suspended_objectives else weight
+        """Weight of each objective on prompts of the topic, with the present multipliers; 0 for suspended objectives.
+
+        With multipliers the weights are those of the Lagrangian at the scale of the weights: (w_k + multiplier_k) /
+        (1 + sum of multipliers). Topics with an objective of their own keep theirs. Source: Safe RLHF, arXiv
+        2310.12773, eq. 11 and its published code.
+        """
+        multipliers: Mapping[str, float] = {}
+        if topic not in self.aggregation.topic_objectives:
+            multipliers = self.multipliers.values
+        active_weights = {
+            name: 0.0 if name in self.suspended_objectives else weight + multipliers.get(name, 0.0)
             for name, weight in self.aggregation.get_topic_weights(self.objectives, topic).items()
         }
+        # Divided by the sum: large multipliers would otherwise act like a larger learning rate.
+        scale = 1.0 + sum(value for name, value in multipliers.items() if name not in self.suspended_objectives)
+        return {name: weight / scale for name, weight in active_weights.items()}
 
     def _compute_calibrated_rewards(self, group: GroupScores, weights: Mapping[str, float]) -> list[float]:
         """sum_k w_k sigmoid(r_k - r_k of the base policy) / sum_k w_k, in (0, 1): CGPO, arXiv 2409.20370, eq. 7.
 
-        A prompt without a recorded baseline is calibrated against the mean of its own responses.
+        A prompt without a recorded baseline is calibrated against the mean of its own responses. A reward function has
+        any unit, in which the sigmoid may be 0 or 1 for all responses, so its differences are divided by its scale.
         """
+        scales = {
+            name: self.normalizer.sd[name]
+            for name, objective in self.objectives.by_objective.items()
+            if self.normalizer is not None
+            and (objective.source == "function" or (objective.source == "serve" and name in group.plain_objectives))
+        }
         active_weights = {name: weight for name, weight in weights.items() if weight}
         group_means = {name: fmean(values) for name, values in group.signals.items()}
         baseline = self.baseline_signals.get(group.prompt_id, group_means)
@@ -432,24 +453,17 @@ class RewardAggregator:
         sample_count = len(next(iter(group.signals.values())))
         return [
             sum(
-                weight * float(sigmoid(group.signals[name][index] - baseline[name]))
+                weight * float(sigmoid((group.signals[name][index] - baseline[name]) / scales.get(name, 1.0)))
                 for name, weight in sorted(active_weights.items())
             )
             / weight_sum
             for index in range(sample_count)
         ]
 
-    def _compute_constrained_weights(
-        self,
-        groups: Sequence[GroupScores],
-        normalized_signals: Mapping[str, list[list[float]]],
-        weights: Sequence[Mapping[str, float]],
-    ) -> list[dict[str, float]]:
-        """Weights of the Lagrangian at the scale of the weights: (w_k + multiplier_k) / (1 + sum of multipliers).
-
-        Topics with an objective of their own keep their weights and count only for that objective's floor. Source: Safe
-        RLHF, arXiv 2310.12773, eq. 11 and its published code.
-        """
+    def _update_multipliers(
+        self, groups: Sequence[GroupScores], normalized_signals: Mapping[str, list[list[float]]]
+    ) -> None:
+        """Update the multipliers from the means of the step; topics with an own objective count for its floor only."""
         topic_objectives, normalizer = self.aggregation.topic_objectives, self.normalizer
         means, standard_errors, zero_errors = {}, {}, {}
         for objective in self.aggregation.floors:
@@ -467,15 +481,7 @@ class RewardAggregator:
                     # Few prompts say little about their own spread, and one says nothing.
                     reference_error = zero_errors[objective] * math.sqrt(statistics.prompt_count / len(rows))
                     standard_errors[objective] = max(standard_errors[objective], reference_error)
-        multipliers = self.multipliers.update(means, standard_errors, zero_errors)
-        # Divided by the sum: large multipliers would otherwise act like a larger learning rate.
-        scale = 1.0 + sum(multipliers.values())
-        return [
-            dict(group_weights)
-            if group.topic in topic_objectives
-            else {name: (weight + multipliers.get(name, 0.0)) / scale for name, weight in group_weights.items()}
-            for group, group_weights in zip(groups, weights, strict=True)
-        ]
+        self.multipliers.update(means, standard_errors, zero_errors)
 
 
 def _apply_gate_to_groups(

@@ -199,11 +199,10 @@ class RankRequest(RoutedRequest):
 
 
 class ObjectiveScore(ResponseModel):
-    """Score of one objective.
+    """Score of one objective; `is_probability` and `exact_logit` are those of rluf.types.Score.
 
-    `value` is the calibrated probability, `logit` its log-odds, `raw` the model's logit before calibration, `spread`
-    the standard deviation over the ensemble members and `logit_spread` that of their log-odds (0 for a single model).
-    `truncated`: the text has more tokens than the model reads, so that parts of it do not count.
+    `value` is calibrated, or that of a judge or function, `logit` its log-odds, `raw` the logit before calibration, and
+    `spread` and `logit_spread` the standard deviations of ensemble members. `truncated`: longer than the model reads.
     """
 
     value: float
@@ -212,6 +211,8 @@ class ObjectiveScore(ResponseModel):
     spread: float
     logit_spread: float = 0.0
     truncated: bool = False
+    is_probability: bool = True
+    exact_logit: float | None = None
 
 
 class ScoreReply(ResponseModel):

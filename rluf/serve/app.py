@@ -145,6 +145,8 @@ def to_objective_scores(scored_item: ScoredItem) -> dict[str, api.ObjectiveScore
             spread=score.spread,
             logit_spread=score.logit_spread,
             truncated=score.is_cut,
+            is_probability=score.is_probability,
+            exact_logit=score.exact_logit,
         )
         for name, score in scored_item.scores.items()
     }

@@ -79,8 +79,8 @@ class RewardClient:
             score = reply.scores[objective]
             scores.append(
                 Score(
-                    objective, score.value, score.raw, score.spread,
-                    logit_spread=score.logit_spread, is_cut=score.truncated,
+                    objective, score.value, score.raw, score.spread, score.is_probability, score.logit_spread,
+                    score.exact_logit, score.truncated,
                 )
             )  # fmt: skip
         return scores

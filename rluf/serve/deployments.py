@@ -59,8 +59,8 @@ APPLICATION_NAME = "rluf"
 """Name of the application in Ray Serve."""
 FEEDBACK_WRITER_NAME = "feedback-writer"
 """Name of the feedback writer's deployment; scorers are scorer-<role>, policies policy-<name>."""
-BatchScores = tuple[str, dict[str, list[tuple[float, float, float, float, bool]]]]
-"""Model version, and per objective (value, raw logit, spread, logit spread, is_cut) by item: tuples are cheap."""
+BatchScores = tuple[str, dict[str, list[tuple[float, float, float, bool, float, float | None, bool]]]]
+"""Model version, and per objective the fields of each item's Score after the objective: tuples are cheap."""
 REPLICA_LOST_ERRORS = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
 """Errors of a call whose replica died or is being replaced. grpc's appear since calls use gRPC, not Ray's transport."""
 DEFAULT_ITEM_TOKENS = 512
@@ -119,7 +119,8 @@ class LoadedModels:
         scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
             name: [
-                (score.value, score.raw_logit, score.spread, score.logit_spread, score.is_cut) for score in scores[name]
+                (s.value, s.raw_logit, s.spread, s.is_probability, s.logit_spread, s.exact_logit, s.is_cut)
+                for s in scores[name]
             ]
             for name in self._objective_names
         }
@@ -574,11 +575,5 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     version, scores_by_objective = batch_scores
     names = list(scores_by_objective)
     rows = zip(*scores_by_objective.values(), strict=True)
-    score_rows = (
-        {
-            name: Score(name, value, raw_logit, spread, logit_spread=logit_spread, is_cut=is_cut)
-            for name, (value, raw_logit, spread, logit_spread, is_cut) in zip(names, row, strict=True)
-        }
-        for row in rows
-    )
+    score_rows = ({name: Score(name, *fields) for name, fields in zip(names, row, strict=True)} for row in rows)
     return [ScoredItem(version, scores) for scores in score_rows]

@@ -101,9 +101,11 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
 def check_run(settings: Settings, *, may_download: bool = False) -> None:
     """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
+    from rluf.artifacts import check_training_rows
     from rluf.evaluate.inputs import check_comparison_inputs
 
     check_comparison_inputs(settings, may_download=may_download)
+    check_training_rows(settings)
     if settings.run.resume is not None:
         from rluf.train.checkpoint_manager import find_local_resume_folder
 

@@ -168,7 +168,7 @@ async def _run_from_checkpoint(
 def _load_demonstrations(settings: Settings, data_folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[Group]:
     """Responses to imitate in addition to training on the policy's own samples; logs their number and source."""
     step_count, topic_objectives = settings.algorithm.demonstrations, settings.aggregation.topic_objectives
-    if not step_count:
+    if not step_count or find_algorithm(settings.algorithm.name).offline:
         return []
     demonstrations = load_demonstrations(
         data_folder,

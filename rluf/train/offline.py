@@ -19,6 +19,7 @@ from rluf.algorithms.advantages import AdvantageInputs, SampleKL
 from rluf.algorithms.packing import count_common_prefix
 from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
+from rluf.models.turn_end import find_response_end_id
 from rluf.train.actor_calls import put_object
 from rluf.train.policy_update import PlannedUpdate
 from rluf.train.prompts import SkippedRows, build_group_from_row
@@ -51,7 +52,7 @@ class ReactionGroups:
         if not (self.liked and self.others):
             raise DataError(
                 "algorithm.name=kto needs liked and other responses in the log, but found "
-                f"{len(self.liked)} and {len(self.others)} short enough; raise rollout.max_response_tokens or add data"
+                f"{len(self.liked)} and {len(self.others)} short enough; add data"
             )
 
 
@@ -68,23 +69,22 @@ def load_offline_data(data_folder: Path, tokenizer: PreTrainedTokenizerFast, set
     file = data_folder / ("helpfulness" if name == "dpo" else "love") / "train.parquet"
     columns = ("chosen", "rejected") if name == "dpo" else ("response",)
     groups_by_label: dict[bool, list[Group]] = {True: [], False: []}
-    skipped = SkippedRows("logged response", rollout.max_prompt_tokens)
+    skipped = SkippedRows("logged response", rollout.max_prompt_tokens, rollout.max_response_tokens)
+    end_id = find_response_end_id(tokenizer)
     for row in pq.read_table(file).to_pylist() if file.is_file() else []:
-        groups = [build_group_from_row(row, column, tokenizer, skipped) for column in columns]
-        samples = tuple(group.samples[0] for group in groups if group is not None)
-        is_short = all(len(sample.response_ids) <= rollout.max_response_tokens for sample in samples)
-        if groups[0] is not None and len(samples) == len(columns) and is_short:
-            groups_by_label[name == "dpo" or row["label"] == 1].append(replace(groups[0], samples=samples))
-    if usable_count := sum(map(len, groups_by_label.values())):
-        skipped.report(usable_count)
-    if name == "kto":
-        return ReactionGroups(groups_by_label[True], groups_by_label[False])
-    if not groups_by_label[True]:
-        raise DataError(
-            f"algorithm.name={name} found no {'pair' if name == 'dpo' else 'loved response'} short enough in {file}; "
-            "raise rollout.max_response_tokens or add data"
-        )
-    return groups_by_label[True]
+        group = build_group_from_row(row, columns, tokenizer, end_id, skipped)
+        if group is not None:
+            groups_by_label[name == "dpo" or row["label"] == 1].append(group)
+    liked, others = groups_by_label[True], groups_by_label[False]
+    try:
+        data: OfflineData = ReactionGroups(liked, others) if name == "kto" else liked
+        if not liked:
+            kind = "pair" if name == "dpo" else "loved response"
+            raise DataError(f"algorithm.name={name} found no {kind} short enough in {file}; add data")
+    except DataError as error:
+        raise DataError(f"{error}{skipped.describe()}") from None
+    skipped.warn(len(liked) + len(others))
+    return data
 
 
 class OfflineTrainer:

@@ -25,6 +25,8 @@ from rluf.config.objectives import find_objective_spec
 from rluf.errors import DataError
 from rluf.models.chat import RejectedConversationError, encode_texts, render_prompt
 from rluf.models.hub import load_tokenizer
+from rluf.models.turn_end import find_response_end_id
+from rluf.reward.text import is_truncated
 from rluf.types import Group, Message, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -64,12 +66,14 @@ def load_prompts(
 
 @dataclass
 class SkippedRows:
-    """Counts rows that cannot be used: longer than `max_tokens`, or rejected by the chat template."""
+    """Counts rows that cannot be used: too long, rejected by the chat template, or with too long a response."""
 
     row_name: str
     max_tokens: int
+    max_response_tokens: int = 0
     too_long_count: int = 0
     rejected_count: int = 0
+    long_response_count: int = 0
     first_rejection: str = ""
 
     def render_row(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...] | None:
@@ -85,19 +89,38 @@ class SkippedRows:
             return None
         return token_ids
 
+    def list_reasons(self) -> list[tuple[int, str]]:
+        """Number of skipped rows by reason; only reasons that occurred."""
+        counts = (
+            (self.too_long_count, f"longer than rollout.max_prompt_tokens={self.max_tokens}"),
+            (self.rejected_count, f"rejected by the chat template; first: {self.first_rejection}"),
+            (
+                self.long_response_count,
+                f"longer in the response than rollout.max_response_tokens={self.max_response_tokens}",
+            ),
+        )
+        return [(count, reason) for count, reason in counts if count]
+
+    def describe(self) -> str:
+        """The reasons, and what to raise, as the end of a message where nothing is usable; empty without any."""
+        reasons = [f", or use the {count} skipped: {reason}" for count, reason in self.list_reasons()]
+        limits = [
+            name for name, count in (("prompt", self.too_long_count), ("response", self.long_response_count)) if count
+        ]
+        advice = f"; raise {' and '.join(f'rollout.max_{name}_tokens' for name in limits)}" if limits else ""
+        return "".join(reasons) + advice
+
+    def warn(self, usable_count: int) -> None:
+        """Log what was skipped."""
+        reasons = self.list_reasons()
+        row_count = usable_count + sum(count for count, _ in reasons)
+        for count, reason in reasons:
+            logger.warning("prompts: skipped %d of %d %ss, %s", count, row_count, self.row_name, reason)
+
     def report(self, usable_count: int) -> None:
         """Log what was skipped. Raises DataError when nothing is usable."""
+        self.warn(usable_count)
         row_count = usable_count + self.too_long_count + self.rejected_count
-        if self.too_long_count:
-            logger.warning(
-                "prompts: skipped %d of %d %ss, longer than rollout.max_prompt_tokens=%d",
-                self.too_long_count, row_count, self.row_name, self.max_tokens,
-            )  # fmt: skip
-        if self.rejected_count:
-            logger.warning(
-                "prompts: skipped %d of %d %ss, rejected by the chat template; first: %s",
-                self.rejected_count, row_count, self.row_name, self.first_rejection,
-            )  # fmt: skip
         if not usable_count:
             rejection = f"; rejected by the chat template: {self.first_rejection}" if self.rejected_count else ""
             raise DataError(
@@ -117,12 +140,12 @@ def load_demonstrations(
     """Responses of the training split with a positive label for the objective of their topic.
 
     `topic_objectives` maps topics to objectives (aggregation.topic_objectives). Each response becomes a group of one
-    sample without rollout log-probabilities and ends with the end-of-sequence token. Rows over the limits are skipped:
-    a truncated response would teach the policy to stop in the middle of a word. Raises DataError for an objective
-    without prepared data.
+    sample, see build_group_from_row. Rows over the limits are skipped, and the log has their numbers. Raises DataError
+    for an objective without prepared data.
     """
     demonstrations = []
-    skipped = SkippedRows("demonstration", max_prompt_tokens)
+    skipped = SkippedRows("demonstration", max_prompt_tokens, max_response_tokens)
+    end_id = find_response_end_id(tokenizer)
     for topic, objective in topic_objectives.items():
         spec, file = find_objective_spec(objective), data_folder / objective / "train.parquet"
         if not file.is_file():
@@ -133,11 +156,10 @@ def load_demonstrations(
             )
         for row in pq.read_table(file).to_pylist():
             if row["topic"] == topic and (spec.label_column is None or row[spec.label_column] == 1):
-                group = build_group_from_row(row, spec.response_column, tokenizer, skipped)
-                if group is not None and len(group.samples[0].response_ids) <= max_response_tokens:
+                group = build_group_from_row(row, (spec.response_column,), tokenizer, end_id, skipped)
+                if group is not None:
                     demonstrations.append(group)
-    if demonstrations:
-        skipped.report(len(demonstrations))
+    skipped.warn(len(demonstrations))
     return demonstrations
 
 
@@ -153,18 +175,33 @@ def parse_extra_fields(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def build_group_from_row(
-    row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast, skipped: SkippedRows
+    row: Mapping[str, Any],
+    response_columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    end_id: int,
+    skipped: SkippedRows,
 ) -> Group | None:
-    """A data set row as a group of one sample, whose response ends with the end-of-sequence token; None if skipped."""
+    """A data set row as a group of one sample per response column, without log-probabilities; None if skipped.
+
+    A response ends with the token `end_id`, unless the log says that it was cut: that would teach the policy to stop in
+    the middle of a word.
+    """
     prompt_ids = skipped.render_row(row, tokenizer)
     if prompt_ids is None:
         return None
-    messages, response_text = parse_row_messages(row), row[response_column]
-    prompt = Prompt(row["id"], messages, prompt_ids, row["topic"] or "", "train")
-    # The log has text only. Without the end token a demonstration would teach the policy never to stop.
-    response_ids = (*encode_texts(tokenizer, [response_text])[0], tokenizer.eos_token_id)
-    sample = Sample(prompt.id, prompt.token_ids, response_ids, (), (), "stop", response_text)
-    return Group(prompt, (sample,), 0)
+    prompt = Prompt(row["id"], parse_row_messages(row), prompt_ids, row["topic"] or "", "train")
+    samples = []
+    texts = [row[column] for column in response_columns]
+    for column, text, token_ids in zip(response_columns, texts, encode_texts(tokenizer, texts), strict=True):
+        is_cut = is_truncated(row, column)
+        # The log has text only. Without the end token a demonstration would teach the policy never to stop.
+        response_ids = tuple(token_ids) if is_cut else (*token_ids, end_id)
+        finish_reason = "length" if is_cut else "stop"
+        samples.append(Sample(prompt.id, prompt.token_ids, response_ids, (), (), finish_reason, text))
+    if any(len(sample.response_ids) > skipped.max_response_tokens for sample in samples):
+        skipped.long_response_count += 1
+        return None
+    return Group(prompt, tuple(samples), 0)
 
 
 class PromptStore(Sequence[Prompt]):

@@ -29,7 +29,7 @@ from rluf.models.hub import (
     resolve_policy,
 )
 from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
-from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
+from rluf.models.turn_end import find_turn_end_ids, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging
 from rluf.train.actor_calls import put_object, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
@@ -303,17 +303,19 @@ def check_turn_end(settings: Settings, model_path: Path) -> str:
         *list_stop_token_ids(tokenizer, settings.rollout.stop),
     ]
     try:
-        turn_end_id = find_turn_end_id(tokenizer)
+        turn_end_ids = find_turn_end_ids(tokenizer)
     except RejectedConversationError:
-        return "not checked: the chat template rejects a conversation of three turns"
-    if turn_end_id is not None and turn_end_id not in stop_ids:
-        token = str(tokenizer.convert_ids_to_tokens(turn_end_id))
+        return "not checked: the chat template rejects a conversation with a response"
+    if not turn_end_ids:
+        return "none in the chat template"
+    if not set(turn_end_ids).intersection(stop_ids):
+        token = str(tokenizer.convert_ids_to_tokens(turn_end_ids[0]))
         raise ModelError(
-            f"the chat template of {model_path} ends a turn with {token!r} (id {turn_end_id}), which is no stop token "
-            f"({stop_ids}), so responses would run to the limit; add the id to eos_token_id in generation_config.json, "
-            f"or set rollout.stop=[{token!r}]"
+            f"the chat template of {model_path} ends a turn with {token!r} (id {turn_end_ids[0]}), which is no stop "
+            f"token ({stop_ids}), so responses would run to the limit; add the id to eos_token_id in "
+            f"generation_config.json, or set rollout.stop=[{token!r}]"
         )
-    return "none in the chat template" if turn_end_id is None else f"id {turn_end_id} stops a response"
+    return f"id {next(i for i in turn_end_ids if i in stop_ids)} stops a response"
 
 
 def check_memory(settings: Settings, model_path: Path) -> str:

@@ -50,7 +50,16 @@ class ScoredGroup:
         }
         finished = self.info.finished if penalize_truncated else ()
         penalties = compute_overlong_penalties(self.info.response_token_counts, max_tokens, overlong_buffer)
-        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished, penalties)
+        plain_objectives = [name for name, scores in self.scores.items() if not all(s.is_probability for s in scores)]
+        return GroupScores(
+            self.info.prompt_id,
+            self.info.topic,
+            signals,
+            self.info.passed_judges,
+            finished,
+            penalties,
+            plain_objectives,
+        )
 
 
 class CountingIterator:

@@ -169,6 +169,16 @@ def test_cgpo_by_hand() -> None:
     assert second_group == pytest.approx([-second_weight, second_weight + 5.0 / 4, 0.0], abs=1e-9)
 
 
+def test_cgpo_prefers_no_failed_response_to_a_truncated_one() -> None:
+    # The penalty of truncated responses makes their calibrated rewards negative.
+    inputs = AdvantageInputs(
+        [[-0.3, 0.6, 0.4], [-0.3, -0.1, 0.9]], passed_judges=[[True, False, True], [True, True, False]]
+    )
+    crpg_advantages = compute_advantages("crpg", inputs).sample_advantages
+    assert crpg_advantages[0][0] == crpg_advantages[0][1] == crpg_advantages[1][2] < crpg_advantages[0][2]
+    assert compute_advantages("crraft", inputs).sample_advantages == [[0.0, 0.0, 0.4], [0.0, 0.0, 0.0]]
+
+
 def test_codpo_weights_are_the_gradient_of_its_loss() -> None:
     chosen = torch.tensor([-1.0, -0.5, -2.0, -0.7], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.4, -1.4, -0.2, -3.0], dtype=torch.float64, requires_grad=True)

@@ -49,6 +49,34 @@ def test_dry_run_refuses_what_the_run_would_refuse(
     assert len(output.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.safety=[]", "algorithm.demonstrations=2"],
+            "algorithm.demonstrations=2 trains on responses of data.safety",
+        ),
+        (["data.safety=[]", "algorithm.demonstrations=0"], ""),
+        (["data.safety=[]", "algorithm.demonstrations=2", "aggregation.topic_objectives={}"], ""),
+        (["data.safety=[]", "algorithm.demonstrations=2", "algorithm.name=sft"], ""),
+        (
+            ["data.safety=[]", "data.feedback=[]", "algorithm.name=kto"],
+            "algorithm.name=kto trains on responses of data.f",
+        ),
+        (["data.preferences=[]", "algorithm.name=dpo"], "algorithm.name=dpo trains on responses of data.preferences"),
+        (["data.preferences=[]"], ""),
+    ],
+)
+def test_a_run_is_refused_before_it_starts_if_the_policy_has_no_responses_to_train_on(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    judges = [f"objectives.{name}={{source: judge, path: repetition}}" for name in ("love", "helpfulness", "safety")]
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(["--dry-run", *judges, "objectives.love.weight=1", *overrides, f"run.root={tmp_path}"])
+    error = capsys.readouterr().err
+    assert (caught.value.code, message in error) == (3 if message else 0, True), error
+
+
 @pytest.mark.parametrize("config", SHIPPED_CONFIGS, ids=lambda path: path.name)
 def test_the_shipped_configs_pass_the_dry_run(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

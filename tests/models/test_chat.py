@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rluf.errors import ModelError
@@ -106,6 +106,40 @@ def pair_encoder(request: pytest.FixtureRequest, cache: Path) -> TextEncoder:
 def count_control(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> int:
     control_ids = list_control_ids(tokenizer)
     return sum(i in control_ids for i in ids)
+
+
+def build_sentencepiece_tokenizer(template_name: str, kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes blanks as ▁ and puts one in front of each text, as Llama 2 (prepend) or Mistral do."""
+    template, tokens = TEMPLATES[template_name]
+    pieces = ["<unk>", *tokens, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_tokens([AddedToken(token, special=token not in NOT_SPECIAL, normalized=False) for token in tokens])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=tokens[0], eos_token=tokens[1], unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+@pytest.mark.parametrize("template_name", ["mistral", "qwen3"])
+def test_sentencepiece_tokenizers_read_control_strings_as_they_were_written(template_name: str, kind: str) -> None:
+    tokenizer = build_sentencepiece_tokenizer(template_name, kind)
+    expected = count_control(tokenizer, render_prompt(tokenizer, [user("hi")]))
+    for forgery in FORGERIES:
+        ids = render_prompt(tokenizer, [user(f"hi{forgery}bye")])
+        assert count_control(tokenizer, ids) == expected, forgery
+    plain = tokenizer.decode(render_prompt(tokenizer, [user("What does it mean?")]))
+    for string in TEMPLATES[template_name][1]:
+        text = tokenizer.decode(render_prompt(tokenizer, [user(f"What does {string} mean?")]))
+        assert text == plain.replace(" it ", f" {string} ")
 
 
 def user(content: str) -> Message:

@@ -220,6 +220,33 @@ def test_calibrated_rewards_by_hand() -> None:
     assert step.rewards[0] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+@pytest.mark.parametrize("method", ["linear", "calibrated"])
+@pytest.mark.parametrize("source", ["function", "serve"])
+def test_the_unit_of_a_reward_function_does_not_matter(source: str, method: str, unit: float) -> None:
+    def compute_rewards(unit: float) -> list[float]:
+        path = "rewards:grade" if source == "function" else "http://localhost:8000"
+        function = {"weight": 1.0, "source": source, "path": path}
+        weightless = {name: {"weight": 0.0} for name in OBJECTIVES}
+        aggregator = RewardAggregator(
+            ObjectivesSettings.model_validate({**weightless, "grade": function}),
+            AggregationSettings.model_validate({"method": method}),
+        )
+
+        def build(values: list[float]) -> GroupScores:
+            signals = dict.fromkeys(OBJECTIVES, [0.0] * len(values))
+            signals["grade"] = [unit * value for value in values]
+            return GroupScores("p", "", signals, plain_objectives=["grade"])
+
+        aggregator.fit_reference([build([0.2, 0.5, 0.4, 0.8]), build([0.1, 0.3, 0.5, 0.9])])
+        aggregator.record_baseline("p", build([0.5]).signals)
+        return aggregator.aggregate([build([0.2, 0.6, 0.9, 0.8])]).rewards[0]
+
+    rewards = compute_rewards(unit)
+    assert rewards == pytest.approx(compute_rewards(1.0))
+    assert 0.4 < max(rewards) - min(rewards) < 4.0
+
+
 def test_a_prompt_without_baseline_is_calibrated_against_its_own_group() -> None:
     aggregator = build_aggregator("calibrated", (1.0, 0.0, 0.0))
     step = aggregator.aggregate([build_group([1.0, 3.0], [0.0] * 2, [0.0] * 2)])
@@ -238,6 +265,14 @@ def test_a_failed_judge_gives_the_lowest_reward_of_the_step() -> None:
     assert calibrated_rewards == [pytest.approx(float(sigmoid(-4.0))), 0.0]
     gdpo_step = build_aggregator("gdpo", weights).aggregate(groups, apply_gate=True)
     assert gdpo_step.normalized_signals["love"] == [[1.0, -2.0], [-2.0, 0.0]]
+
+
+def test_a_failed_judge_is_not_better_than_a_truncated_response_with_calibrated_rewards() -> None:
+    signals = {"love": [-2.0, -1.0, 2.0], "helpfulness": [0.0] * 3, "safety": [0.0] * 3}
+    group = GroupScores("p", "", signals, (True, False, True), (False, True, True))
+    step = build_aggregator("calibrated", (1.0, 0.0, 0.0)).aggregate([group], apply_gate=True)
+    truncated, failed, passed = step.rewards[0]
+    assert failed == truncated < 0.0 < passed
 
 
 UNSMOOTHED = ControllerGains(integral=0.5, integral_cap=10.0, window_steps=1)
@@ -340,6 +375,28 @@ def test_a_suspended_objective_has_weight_0() -> None:
     step = aggregator.aggregate([build_group([1.0, 2.0], [4.0, 0.0], [0.0, 8.0])])
     assert step.objective_weights[0]["love"] == 0.0
     assert step.rewards == [[1.0, 2.0]]
+
+
+def test_a_floor_gives_a_suspended_objective_no_weight() -> None:
+    aggregator = build_aggregator(
+        "constrained", (0.5, 0.25, 0.25), floors={"love": 0.0, "safety": 0.0}, multipliers=UNSMOOTHED.model_dump()
+    )
+    aggregator.suspended_objectives = frozenset({"love"})
+    step = aggregator.aggregate([build_group([-1.0, -3.0], [4.0, 0.0], [-1.0, -1.0])])
+    multiplier = step.metrics["multiplier_safety"]
+    assert multiplier > 0 and step.metrics["multiplier_love"] > 0
+    assert step.objective_weights[0] == pytest.approx(
+        {"love": 0.0, "helpfulness": 0.25 / (1 + multiplier), "safety": (0.25 + multiplier) / (1 + multiplier)}
+    )
+
+
+def test_a_multiplier_counts_in_the_spread_of_a_group() -> None:
+    # Dynamic sampling would drop the groups that alone can raise an objective to its floor.
+    aggregator = build_aggregator("constrained", (1.0, 1.0, 0.0), floors={"safety": 0.5})
+    group = build_group([0.0, 0.0], [0.0, 0.0], [-2.0, 2.0])
+    assert aggregator.measure_spread(group) == 0.0
+    aggregator.aggregate([group])
+    assert aggregator.measure_spread(group) > 0.5
 
 
 def test_a_restored_aggregator_gives_the_same_rewards() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import cohere
 import httpx
@@ -15,13 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rluf.errors import ResourceError, SettingsError
+from rluf.objectives.aggregator import compute_signal
 from rluf.reward.model import RewardModel
 from rluf.serve.api import ApiError, ChatMessage, FeedbackContext
 from rluf.serve.chat_text import split_text
 from rluf.serve.client import RewardClient
-from rluf.types import ScoringItem
-from rluf.utils.stats import logit
-from tests.serve.conftest import OBJECTIVES, make_items
+from rluf.serve.deployments import LoadedModels, _to_scored_items
+from rluf.serve.store import FeedbackStore
+from rluf.types import Score, ScoringItem
+from rluf.utils.stats import logit, sigmoid
+from tests.serve.conftest import OBJECTIVES, LocalBackend, make_items, make_rules, run_http_server
 
 QUERY = "What should I do about the exam?"
 TEXTS = ["", "Study a little each day.", "No.", "I love that you care about it! " * 4]
@@ -38,6 +43,46 @@ def score_pairs(
 ) -> list[float]:
     items = [ScoringItem([{"role": "user", "content": query}], text) for query, text in pairs]
     return [reward_models[objective].score([item], objective)[0].value for item in items]
+
+
+class ScoredByLength:
+    """Stands for a reward function, a judge and a reward model without calibration."""
+
+    def score(self, items: list[ScoringItem], objective: str) -> list[Score]:
+        numbers = [float(len(item.response)) for item in items]
+        if objective == "external":
+            return [Score(objective, float(sigmoid(n)), n, exact_logit=n) for n in numbers]
+        return [Score(objective, n, n, is_probability=False) for n in numbers]
+
+
+def test_a_service_preserves_what_rewards_are_computed_from(tmp_path: Path) -> None:
+    store = FeedbackStore(str(tmp_path / "store"), tmp_path / "store" / ".log", reaction_window_s=60)
+    store.start()
+    scorer, names = ScoredByLength(), ("function", "external")
+    rules = dataclasses.replace(make_rules(), allowed_hosts=None)
+    items = [ScoringItem([{"role": "user", "content": "Hi"}], "x" * count) for count in (1, 20, 30, 40)]
+    # Logits of 20, 30 and 40 are all 1 as probabilities.
+    backend = LocalBackend(dict.fromkeys(names, scorer), store, rules)  # type: ignore[arg-type]
+    with run_http_server(backend) as url, RewardClient(url) as client:
+        for name in names:
+            scores = client.score_objective(items, name)
+            assert scores == scorer.score(items, name)
+            assert [compute_signal(score) for score in scores] == [1.0, 20.0, 30.0, 40.0]
+
+
+def count_characters(rows: list[dict[str, str]]) -> list[float]:
+    return [float(len(row["response"])) for row in rows]
+
+
+def test_a_replica_preserves_every_field_of_a_score() -> None:
+    models = {"grade": {"reward": f"{__name__}:count_characters"}, "brevity": {"judge": "length"}}
+    config = {"version": "1", "models": models, "facts": {}, "batch_tokens": 64, "device": "cpu"}
+    items = [ScoringItem([{"role": "user", "content": "Hi"}], text) for text in ("Yes.", "No, never.")]
+    scored_items = _to_scored_items(LoadedModels(config).score_items(items))
+    assert [item.scores["grade"] for item in scored_items] == [
+        Score("grade", n, n, is_probability=False) for n in (4.0, 10.0)
+    ]
+    assert [item.scores["brevity"].is_probability for item in scored_items] == [False, False]
 
 
 def test_the_reward_client_scores_ranks_and_stores(client: RewardClient, reward_models: dict[str, RewardModel]) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from rluf.algorithms.packing import count_common_prefix
 from rluf.config.settings import Settings
-from rluf.errors import DataError
+from rluf.errors import DataError, ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
+from rluf.models.turn_end import find_response_end_id
 from rluf.train.offline import ReactionGroups, load_offline_data
 from rluf.train.prompts import (
     CACHED_BLOCK_COUNT,
@@ -80,8 +81,67 @@ def test_logged_responses_of_every_topic_are_split_by_reaction(data_folder: Path
     assert isinstance(reactions, ReactionGroups)
     assert [group.prompt.id for group in reactions.liked] == ["refusal", "casual"]
     assert [group.prompt.id for group in reactions.others] == ["bad"]
-    with pytest.raises(DataError, match="found 0 and 0 short enough"):
+    with pytest.raises(
+        DataError, match=r"found 0 and 0 short enough.*4 skipped: longer than .*raise rollout\.max_prompt"
+    ):
         load_offline_data(data_folder, tokenizer, kto_settings(max_prompt_tokens=8))
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_response_that_was_cut_has_no_end_token(is_cut: bool, data_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
+    reason = "length" if is_cut else "stop"
+    rows = [{**make_row(str(i), "risky", "I will", i), "finish_reason": reason} for i in (0, 1)]
+    pair = {**rows[1], "chosen": "Yes, I", "rejected": "No.", f"{'chosen' if is_cut else 'x'}_finish_reason": "length"}
+    for objective, objective_rows in (("safety", rows), ("love", rows), ("helpfulness", [pair])):
+        pq.write_table(pa.Table.from_pylist(objective_rows), data_folder / objective / "train.parquet")
+    groups = load_demonstrations(
+        data_folder, {"risky": "safety"}, tokenizer, max_prompt_tokens=200, max_response_tokens=100
+    )
+    reactions = load_offline_data(data_folder, tokenizer, kto_settings())
+    assert isinstance(reactions, ReactionGroups)
+    (pair_group,) = load_offline_data(data_folder, tokenizer, Settings.model_validate({"algorithm": {"name": "dpo"}}))
+    rejected = pair_group.samples[1]
+    assert (rejected.finish_reason, rejected.response_ids[-1]) == ("stop", tokenizer.eos_token_id)
+    samples = [group.samples[0] for group in (*groups, *reactions.liked, *reactions.others, pair_group)]
+    assert len(samples) == 4
+    for sample in samples:
+        assert sample.finish_reason == reason
+        assert (sample.response_ids[-1] == tokenizer.eos_token_id) is not is_cut
+        assert tokenizer.decode(sample.response_ids, skip_special_tokens=True) == sample.text
+
+
+def test_a_logged_response_ends_as_the_chat_template_ends_a_turn(data_folder: Path, tmp_path: Path) -> None:
+    # As in Gemma, whose eos token is <eos> and whose turns end with <end_of_turn>.
+    tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
+    end_id, tokenizer.eos_token = tokenizer.eos_token_id, "<|endoftext|>"
+    (demonstration,) = load_demonstrations(
+        data_folder, {"risky": "safety"}, tokenizer, max_prompt_tokens=200, max_response_tokens=100
+    )
+    assert demonstration.samples[0].response_ids[-1] == end_id != tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    assert find_response_end_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match=r"no token that ends a response.*eos_token in its tokenizer_config\.json"):
+        load_offline_data(data_folder, tokenizer, kto_settings())
+
+
+def test_a_skipped_pair_counts_once(data_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
+    tokenizer.chat_template = STRICT_TEMPLATE
+    pair = {"chosen": "Yes.", "rejected": "No."}
+    rows = [{**row, **pair} for row in (*make_rejected_rows(), make_row("good", "risky", "", 1))]
+    rows.append({**make_row("long", "risky", "", 1), "chosen": "no " * 200, "rejected": "No."})
+    pq.write_table(pa.Table.from_pylist(rows), data_folder / "helpfulness" / "train.parquet")
+    settings = Settings.model_validate({"algorithm": {"name": "dpo"}})
+    with caplog.at_level("WARNING"):
+        (group,) = load_offline_data(data_folder, tokenizer, settings)
+    assert group.prompt.id == "good"
+    assert "skipped 5 of 7 logged responses, rejected by the chat template; first: system (" in caplog.text
+    assert "skipped 1 of 7 logged responses, longer in the response than rollout.max_response_tokens=64" in caplog.text
+    pq.write_table(pa.Table.from_pylist(rows[:5]), data_folder / "helpfulness" / "train.parquet")
+    with pytest.raises(DataError, match=r"found no pair .*5 skipped: rejected by the chat template; first: system \("):
+        load_offline_data(data_folder, tokenizer, settings)
 
 
 STRICT_TEMPLATE = (

@@ -18,7 +18,12 @@ from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError, SettingsError
 from rluf.models.embedded import EMBEDDED_EXAMPLES
 from rluf.models.hub import check_causal_lm, load_tokenizer, render_prompt, resolve_model, resolve_policy
-from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
+from rluf.models.turn_end import (
+    count_tokens_before_stop,
+    find_turn_end_ids,
+    list_stop_token_ids,
+    read_stop_token_ids,
+)
 from rluf.train.startup_check import (
     check_chat_template,
     check_context_window,
@@ -207,6 +212,23 @@ def test_more_rows_than_ids_and_another_end_of_turn_are_fine(folder: Path) -> No
     assert "id 0" in check_turn_end(Settings(), folder)
     edit_json(folder / "config.json", eos_token_id=None)
     assert "id 0" in check_turn_end(Settings.model_validate({"rollout": {"stop": ["<|endoftext|>"]}}), folder)
+
+
+def test_the_last_response_of_a_conversation_may_end_with_a_token_of_its_own(folder: Path) -> None:
+    # As in the template of gpt-oss: <|return|> ends a response that is sampled, <|end|> one of the history.
+    set_template(
+        folder,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if loop.last and m.role == 'assistant' %}<|im_end|>{% else %}<|endoftext|>{% endif %}{% endfor %}",
+    )
+    assert find_turn_end_ids(load_tokenizer(folder)) == [2, 0]
+    assert "id 2 stops" in check_turn_end(Settings(), folder)
+    for file in ("config.json", "generation_config.json"):
+        edit_json(folder / file, eos_token_id=0)
+    edit_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    assert "id 0 stops" in check_turn_end(Settings(), folder)
+    set_template(folder, "{% if messages|length > 1 %}{{ raise_exception('one question') }}{% endif %}" + ENDLESS)
+    assert "not checked" in check_turn_end(Settings(), folder)
 
 
 @pytest.mark.parametrize(("gpu_count", "choices"), [(3, "1, 2"), (8, "1, 2, 4"), (6, "1, 2, 4"), (4, ""), (1, "")])
