@@ -29,6 +29,9 @@ RERANDOMIZATION_COUNT = 1998
 """Re-randomized arms; no multiple of 2 / 1,999 equals 0.05, so p and interval never disagree by a tie."""
 MIN_NORMAL_INFORMATION = 200.0
 """Information in the smaller arm from which the estimate is close enough to normal for Student's t."""
+_TIE_TOLERANCE = 1e-9
+"""Relative difference of tied statistics: where users have one response each, most re-randomized arms tie with the
+observed ones, and sums in another order differ in their last digits."""
 _CELLS_PER_CHUNK = 4_000_000
 """Users times re-randomizations in memory at a time (32 MB)."""
 
@@ -86,8 +89,9 @@ class TestQuantiles:
         if self.sorted_statistics is None:
             return tails
         count = len(self.sorted_statistics)
-        below = np.searchsorted(self.sorted_statistics, statistic, side="right")
-        above = count - np.searchsorted(self.sorted_statistics, statistic, side="left")
+        tolerance = _TIE_TOLERANCE * np.maximum(np.abs(statistic), 1.0)
+        below = np.searchsorted(self.sorted_statistics, statistic + tolerance, side="right")
+        above = count - np.searchsorted(self.sorted_statistics, statistic - tolerance, side="left")
         # Beyond all re-randomized arms only the resolution is known: Student's t decides below it.
         shares = [
             np.where(hits > 0, (hits + 1) / (count + 1), np.minimum(tail, 1 / (count + 1)))
@@ -273,7 +277,9 @@ def _select_quantiles(statistics: Floats, confidence: float) -> TestQuantiles:
     count = len(statistics)
     rank = min(max(math.floor((1.0 - confidence) / 2.0 * (count + 1)) - 1, 0), count - 1)
     low, high = min(statistics[rank], 0.0), max(statistics[count - 1 - rank], 0.0)
-    return TestQuantiles(np.asarray(low), np.asarray(high), statistics)
+    # A statistic that ties with a quantile is not beyond it.
+    widening = 1.0 + _TIE_TOLERANCE
+    return TestQuantiles(np.asarray(low * widening), np.asarray(high * widening), statistics)
 
 
 def estimate_crossed_effect(
