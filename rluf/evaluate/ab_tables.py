@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rluf.evaluate.ab_design import USER_LEVEL_METRICS
 from rluf.evaluate.sequential import MIN_LOOK_EVENTS
 from rluf.evaluate.tables import format_interval, format_p_value, format_percent, format_table
 from rluf.evaluate.verdicts import UNDECIDED
@@ -98,6 +99,8 @@ def _format_verdicts(metrics: Mapping[str, Any], alpha: float) -> str:
 def _format_verdict(judged: Mapping[str, Any]) -> str:
     if judged["verdict"] != UNDECIDED:
         return str(judged["verdict"])
+    if judged["more_users"] is None:
+        return "undecided; there are too few events to say how many more users are needed"
     return f"undecided, about {judged['more_users']:,} more users needed" if judged["more_users"] else (
         "undecided, though there are enough users for an effect of the planned size"
     )  # fmt: skip
@@ -113,7 +116,10 @@ def _format_effects(metrics: Mapping[str, Any]) -> str:
     for metric, result in metrics.items():
         effect, always_valid = result["cuped"] or result["effect"], result["always_valid"]
         events = result["expected_events"]
-        is_rare = always_valid is None and events is not None and events < MIN_LOOK_EVENTS
+        is_rare = (
+            always_valid is None and events is not None and events < MIN_LOOK_EVENTS
+            and metric not in USER_LEVEL_METRICS
+        )  # fmt: skip
         rows.append([
             metric, result["role"], f"{result['effect']['control']:.4f}", f"{result['effect']['treatment']:.4f}",
             f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]), _format_metric_lift(effect),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -164,8 +164,26 @@ def estimate_ratio_effect(
     variances = compute_ratio_variances(
         *(_compute_residual_moments(totals) for totals in _subtract_mean(control, treatment))
     )
-    df = _compute_satterthwaite_df(variances, (control.user_count, treatment.user_count))
-    return _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
+    user_counts = control.user_count, treatment.user_count
+    df = _compute_satterthwaite_df(variances, user_counts)
+    effect = _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
+    return _widen_without_variance(effect, min(user_counts), confidence)
+
+
+def compute_equality_p(share: ArrayLike, user_count: int) -> Floats:
+    """Probability [...] that none of `user_count` users differs if a `share` of them does (Clopper, Pearson 1934)."""
+    return np.asarray((1.0 - np.clip(share, 0.0, 1.0)) ** user_count)
+
+
+def _widen_without_variance(effect: EffectEstimate, user_count: int, confidence: float) -> EffectEstimate:
+    """Intervals where all users of both arms are alike: 0 hearts of 100 in each arm do not prove equality."""
+    share = 1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / user_count)
+    margin = np.where(effect.error > 0.0, 0.0, share)
+    unit = np.where(effect.control == 0.0, 1.0, np.abs(effect.control))
+    return replace(
+        effect, low=effect.low - margin * unit, high=effect.high + margin * unit, lift_low=effect.lift_low - margin,
+        lift_high=effect.lift_high + margin,
+    )  # fmt: skip
 
 
 def _subtract_mean(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, UserTotals]:
