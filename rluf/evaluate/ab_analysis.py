@@ -117,9 +117,7 @@ def analyze_experiment(events: EventLog, design: ExperimentDesign) -> dict[str, 
                 "always_valid": looks[name][-1] if looks.get(name) else None,
             }  # fmt: skip
             test_count = len(primaries) * len(results) if name in primaries else 0
-            rendered[name] |= _judge(
-                name, result, adjusted_p, test_count, (user_counts[0], user_counts[arm]), design
-            )
+            rendered[name] |= _judge(name, result, adjusted_p, test_count, (user_counts[0], user_counts[arm]), design)
         comparisons[treatment] = {"metrics": rendered, "looks": looks}
         if design.has_segments:
             judged = [*primaries, *(guardrail.metric for guardrail in design.guardrails)]
@@ -148,7 +146,9 @@ def _describe_log(
         "days": float((times[-1] - times[0]) / SECONDS_PER_DAY),
         "users": user_counts, "responses": response_counts, "crossed": design.is_crossed,
         "crossed_users": assignment.crossed_user_count, "crossed_responses": assignment.crossed_row_count,
-        "other_responses": assignment.other_row_count, "missing_user_responses": events.missing_user_count,
+        "other_responses": assignment.other_row_count,
+        "other_arms": [name for name in events.arm_names if name not in design.arm_names],
+        "missing_user_responses": events.missing_user_count,
         "duplicate_rows": events.duplicate_count, "reactions": events.reaction_counts,
         "love_spellings": events.love_spellings, "notes": list(events.notes), "pre_period": has_pre_period,
         "srm": {"shares": list(design.shares), "chi2": float(chi2), "p": float(p_value),

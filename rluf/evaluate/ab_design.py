@@ -223,7 +223,7 @@ def _check_crossed_metrics(design: ExperimentDesign) -> None:
     named = [*design.primary_names, *design.metric_names, *(guardrail.metric for guardrail in design.guardrails)]
     for name in named:
         if name in USER_LEVEL_METRICS:
-            raise DataError(f"{name!r} is a metric of users, but with --crossed users have no arm; remove one of the two")
+            raise DataError(f"{name!r} is a metric of users, who have no arm with --crossed; remove one of the two")
     if design.assignment_salt is not None:
         raise DataError("--salt assigns users to arms, but --crossed means that responses were; remove one of the two")
 

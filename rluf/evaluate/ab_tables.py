@@ -12,7 +12,7 @@ from rluf.evaluate.verdicts import UNDECIDED
 
 MAX_TABLE_LOOKS = 10
 """Maximum number of looks in a table; of more looks, evenly spaced ones up to the last."""
-MAX_LISTED_REACTIONS = 8
+MAX_LISTED_NAMES = 8
 
 
 def format_abtest_report(report: Mapping[str, Any]) -> str:
@@ -43,7 +43,8 @@ def _format_header(report: Mapping[str, Any]) -> str:
     dropped = [
         f"{report['duplicate_rows']} duplicates", f"{report['missing_user_responses']} without a user id",
         f"{report['crossed_responses']} of {report['crossed_users']} users in several arms",
-        f"{report['other_responses']} of other arms",
+        f"{report['other_responses']} of other arms"
+        + (f" ({', '.join(report['other_arms'][:MAX_LISTED_NAMES])})" if report["other_responses"] else ""),
     ]  # fmt: skip
     lines = [
         f"{arms}, {report['start']} to {report['end']}",
@@ -64,10 +65,10 @@ def _format_reactions(report: Mapping[str, Any]) -> str:
         return "reactions: the log has no column reaction, so love is not measured"
     spellings = ", ".join(f"{name!r} ({count})" for name, count in report["love_spellings"].items())
     others = [f"{name!r} ({count})" for name, count in report["reactions"].items() if name != "love" and count]
-    rest = len(others) - MAX_LISTED_REACTIONS
+    rest = len(others) - MAX_LISTED_NAMES
     return (
         f"reactions: love is {spellings or 'given by no response'}"
-        + (f"; not love: {', '.join(others[:MAX_LISTED_REACTIONS])}" if others else "")
+        + (f"; not love: {', '.join(others[:MAX_LISTED_NAMES])}" if others else "")
         + (f" and {rest} more" if rest > 0 else "")
     )
 

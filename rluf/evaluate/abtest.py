@@ -227,13 +227,19 @@ def run_abtest(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_events(args: argparse.Namespace) -> EventLog:
     """The event log of --data. SettingsError when none is named."""
+    from rluf.evaluate.ab_design import DEFAULT_METRICS
     from rluf.evaluate.events import read_event_log
 
     if not args.data:
         raise SettingsError("no event log; give one with --data, or plan with --plan --base-rate")
     quantile_columns = [text.rpartition(":")[0] for text in args.quantile]
     columns = list(dict.fromkeys([*args.column, *filter(None, quantile_columns)]))
-    return read_event_log(args.data, arm_column=args.arm, metric_columns=columns, love_names=args.love)
+    # A metric that is named needs no --column as well. The standard ones are computed, whatever columns are called.
+    named = [*args.metrics, *args.primary, *(text.rpartition(":")[0] for text in args.guard)]
+    return read_event_log(
+        args.data, arm_column=args.arm, metric_columns=columns, love_names=args.love,
+        optional_columns=[name for name in named if name and name not in DEFAULT_METRICS],
+    )  # fmt: skip
 
 
 def simulate_experiment(output_path: Path, user_count: int, seed: int) -> dict[str, Any]:

@@ -39,9 +39,7 @@ def test_rerandomized_p_is_fishers_where_users_have_one_response(
     assert (float(effect.low) > 0 or float(effect.high) < 0) == (float(effect.p) < 0.05)
 
 
-def make_log(
-    responses: list[tuple[int, int, float]], *, values: dict[str, list[float]] | None = None
-) -> EventLog:
+def make_log(responses: list[tuple[int, int, float]], *, values: dict[str, list[float]] | None = None) -> EventLog:
     """A log of (user, arm, love); `values` are further columns."""
     users, arms, love = (np.array(column) for column in zip(*responses, strict=True))
     return EventLog(
