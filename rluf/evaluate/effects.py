@@ -88,16 +88,32 @@ class TestQuantiles:
         tails = stats.t.cdf(statistic, df), stats.t.sf(statistic, df)
         if self.sorted_statistics is None:
             return tails
-        count = len(self.sorted_statistics)
-        tolerance = _TIE_TOLERANCE * np.maximum(np.abs(statistic), 1.0)
-        below = np.searchsorted(self.sorted_statistics, statistic + tolerance, side="right")
-        above = count - np.searchsorted(self.sorted_statistics, statistic - tolerance, side="left")
-        # Beyond all re-randomized arms only the resolution is known: Student's t decides below it.
         shares = [
-            np.where(hits > 0, (hits + 1) / (count + 1), np.minimum(tail, 1 / (count + 1)))
-            for hits, tail in ((below, tails[0]), (above, tails[1]))
-        ]
+            _measure_upper_share(values, sign * statistic, tail)
+            for values, sign, tail in (
+                (-self.sorted_statistics[::-1], -1.0, tails[0]), (self.sorted_statistics, 1.0, tails[1])
+            )
+        ]  # fmt: skip
         return shares[0], shares[1]
+
+
+def _measure_upper_share(values: Floats, statistic: Floats, tail: Floats) -> Floats:
+    """Share of the sorted `values` [B], and of the observed one, at or above `statistic` [...], between ties linear.
+
+    A guardrail's margin shifts the statistic off the few values that a small arm can have: without interpolation any
+    shift, however small, would count the tied values as less extreme. Beyond all values Student's `tail` decides.
+    """
+    count = len(values)
+    tolerance = _TIE_TOLERANCE * np.maximum(np.abs(statistic), 1.0)
+    reached = np.searchsorted(values, statistic + tolerance, side="right")
+    lower, upper = values[np.maximum(reached - 1, 0)], values[np.minimum(reached, count - 1)]
+    at_lower = count - np.searchsorted(values, lower - tolerance, side="left")
+    gap = np.where(upper > lower, upper - lower, 1.0)
+    weight = np.where(statistic > lower + tolerance, np.clip((statistic - lower) / gap, 0.0, 1.0), 0.0)
+    hits = np.where(reached > 0, at_lower + weight * (count - reached - at_lower), count)
+    is_beyond = statistic > values[-1] + tolerance
+    share = (np.where(is_beyond, at_lower, hits) + 1.0) / (count + 1.0)
+    return np.asarray(np.where(is_beyond, np.minimum(tail, share), share))
 
 
 @dataclass(frozen=True, slots=True)

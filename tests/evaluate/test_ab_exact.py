@@ -76,6 +76,16 @@ def test_no_heart_in_a_small_arm_does_not_fail_a_guardrail(metric: str) -> None:
     assert result["guardrail"]["more_users"] > 0
 
 
+@pytest.mark.parametrize(("control", "treatment"), [((0, 2), (2, 2)), ((0, 6), (3, 6)), ((2, 200), (1, 20))])
+def test_a_guardrail_of_a_small_arm_counts_ties(control: tuple[int, int], treatment: tuple[int, int]) -> None:
+    """The margin moves the statistic between the few values of a small arm: p is not below that of the next one."""
+    design = replace(DESIGN, guardrails=(Guardrail("love", -0.1, is_relative=True),))
+    guardrail = analyze_experiment(make_arms(control, treatment), design)["metrics"]["love"]["guardrail"]
+    hearts = stats.hypergeom(control[1] + treatment[1], control[0] + treatment[0], treatment[1])
+    assert guardrail["verdict"] == "undecided"
+    assert guardrail["p"] > hearts.sf(treatment[0])
+
+
 @pytest.mark.parametrize(("users", "verdict"), [(2, "undecided"), (100, "undecided"), (400, "pass")])
 @pytest.mark.parametrize("metric", SHARE_METRICS)
 def test_no_heart_at_all_does_not_prove_that_nothing_was_lost(metric: str, users: int, verdict: str) -> None:
