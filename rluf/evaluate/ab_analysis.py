@@ -196,7 +196,7 @@ def _analyze_metrics(
         totals = arm_totals[0][name], arm_totals[arm][name]
         _check_has_values(name, totals, (design.control, design.arm_names[arm]))
         if design.is_crossed and has_few_events(*totals) and not any((t.sums % 1.0).any() for t in totals):
-            # Each response was randomized, so each is a unit of the re-randomization, whoever gave it.
+            # Each response was randomized, so each is a unit of the re-randomization.
             pairs[name] = split_responses(totals[0]), split_responses(totals[1])
             effects |= _estimate_ratios({name: pairs[name]}, confidence)
             continue

@@ -183,7 +183,7 @@ def estimate_ratio_effect(
     user_counts = control.user_count, treatment.user_count
     df = _compute_satterthwaite_df(variances, user_counts)
     effect = _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
-    return _widen_without_variance(effect, min(user_counts), confidence)
+    return _adjust_without_variance(effect, min(user_counts), confidence)
 
 
 def compute_equality_p(share: ArrayLike, user_count: int) -> Floats:
@@ -191,8 +191,8 @@ def compute_equality_p(share: ArrayLike, user_count: int) -> Floats:
     return np.asarray((1.0 - np.clip(share, 0.0, 1.0)) ** user_count)
 
 
-def _widen_without_variance(effect: EffectEstimate, user_count: int, confidence: float) -> EffectEstimate:
-    """Intervals where all users of both arms are alike: 0 hearts of 100 in each arm do not prove equality."""
+def _adjust_without_variance(effect: EffectEstimate, user_count: int, confidence: float) -> EffectEstimate:
+    """Intervals where no user of either arm differs: 0 hearts of 100 in each arm do not prove equality."""
     share = 1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / user_count)
     margin = np.where(effect.error > 0.0, 0.0, share)
     unit = np.where(effect.control == 0.0, 1.0, np.abs(effect.control))

@@ -87,10 +87,10 @@ def judge_guardrail(
         below, above = quantiles.measure_tail_shares(np.asarray(distance / error), effect.df)
         p_harm, p_safe = (float(above), float(below)) if sign > 0.0 else (float(below), float(above))
     else:
-        # All users are alike: chance of that if the share of users that the margin needs were different.
+        # No user differs: chance of that if the share of users that the margin needs did.
         share = abs(distance / float(effect.control) if effect.control else distance)
-        p_alike = float(compute_equality_p(share, smaller_arm))
-        p_harm, p_safe = (p_alike, 1.0) if sign * distance > 0.0 else (1.0, p_alike)
+        p_equal = float(compute_equality_p(share, smaller_arm))
+        p_harm, p_safe = (p_equal, 1.0) if sign * distance > 0.0 else (1.0, p_equal)
     verdict = PASS if p_harm < alpha / 2.0 else FAIL if p_safe < alpha / 2.0 else UNDECIDED
     low, high = (effect.lift_low, effect.lift_high) if guardrail.is_relative else (effect.low, effect.high)
     result = {"verdict": verdict, "margin": margin, "is_relative": guardrail.is_relative, "p": p_harm,
