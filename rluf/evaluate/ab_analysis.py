@@ -116,9 +116,8 @@ def analyze_experiment(events: EventLog, design: ExperimentDesign) -> dict[str, 
                 "p_holm": adjusted_p, "significant": adjusted_p < design.alpha,
                 "always_valid": looks[name][-1] if looks.get(name) else None,
             }  # fmt: skip
-            user_count = user_counts[0] + user_counts[arm]
             test_count = len(primaries) * len(results) if name in primaries else 0
-            rendered[name] |= _judge(name, result, adjusted_p, test_count, user_count, design)
+            rendered[name] |= _judge(name, result, adjusted_p, test_count, (user_counts[0], user_counts[arm]), design)
         comparisons[treatment] = {"metrics": rendered, "looks": looks}
         if design.has_segments:
             judged = [*primaries, *(guardrail.metric for guardrail in design.guardrails)]
@@ -147,7 +146,9 @@ def _describe_log(
         "days": float((times[-1] - times[0]) / SECONDS_PER_DAY),
         "users": user_counts, "responses": response_counts, "crossed": design.is_crossed,
         "crossed_users": assignment.crossed_user_count, "crossed_responses": assignment.crossed_row_count,
-        "other_responses": assignment.other_row_count, "missing_user_responses": events.missing_user_count,
+        "other_responses": assignment.other_row_count,
+        "other_arms": [name for name in events.arm_names if name not in design.arm_names],
+        "missing_user_responses": events.missing_user_count,
         "duplicate_rows": events.duplicate_count, "reactions": events.reaction_counts,
         "love_spellings": events.love_spellings, "notes": list(events.notes), "pre_period": has_pre_period,
         "srm": {"shares": list(design.shares), "chi2": float(chi2), "p": float(p_value),
@@ -180,16 +181,25 @@ def _analyze_metrics(
     results: dict[str, MetricResult] = {}
     pairs: dict[str, tuple[UserTotals, UserTotals]] = {}
     correlations: dict[str, float] = {}
+    effects: dict[str, tuple[EffectEstimate, TestQuantiles]] = {}
     for name in metrics:
         if name == ANY_LOVE_METRIC:
-            love_totals = arm_totals[0][LOVE_REACTION], arm_totals[arm][LOVE_REACTION]
-            hits = [float((totals.sums > 0.0).sum()) for totals in love_totals]
-            sizes = love_totals[0].user_count, love_totals[1].user_count
-            effect = estimate_proportion_effect((hits[0], hits[1]), sizes, confidence=confidence)
+            totals = count_lovers(arm_totals[0]), count_lovers(arm_totals[arm])
+            # The normal test rejects too often where a few users decide: 1 of 20 against 10 of 2,000.
+            if has_few_events(*totals):
+                pairs[name] = totals
+                continue
+            hits, sizes = zip(*((float(t.sums.sum()), t.user_count) for t in totals), strict=True)
+            effect = estimate_proportion_effect((hits[0], hits[1]), (sizes[0], sizes[1]), confidence=confidence)
             results[name] = MetricResult(effect, TestQuantiles(-z, z), "two proportions")
             continue
         totals = arm_totals[0][name], arm_totals[arm][name]
         _check_has_values(name, totals, (design.control, design.arm_names[arm]))
+        if design.is_crossed and has_few_events(*totals) and not any((t.sums % 1.0).any() for t in totals):
+            # Each response was randomized, so each is a unit of the re-randomization.
+            pairs[name] = split_responses(totals[0]), split_responses(totals[1])
+            effects |= _estimate_ratios({name: pairs[name]}, confidence)
+            continue
         if design.is_crossed:
             effect = estimate_crossed_effect(*totals, confidence=confidence)
             quantiles = TestQuantiles(effect.quantile_low, effect.quantile_high)
@@ -201,16 +211,28 @@ def _analyze_metrics(
             cuped = adjust_totals_by_cuped(totals, covariates)
             pairs[f"{name}{_CUPED}"] = cuped.totals
             correlations[name] = float(cuped.correlation)
-    effects = _estimate_ratios(pairs, confidence)
+    effects |= _estimate_ratios({name: pair for name, pair in pairs.items() if name not in effects}, confidence)
     for name in (name for name in metrics if name in pairs):
         effect, quantiles = effects[name]
         cuped_effect, cuped_quantiles = effects.get(f"{name}{_CUPED}", (None, quantiles))
         is_rerandomized = cuped_quantiles.sorted_statistics is not None
+        unit = "response" if design.is_crossed else "user"
         results[name] = MetricResult(
-            effect, cuped_quantiles, "re-randomization by user" if is_rerandomized else "delta method by user",
+            effect, cuped_quantiles, f"{'re-randomization' if is_rerandomized else 'delta method'} by {unit}",
             cuped_effect, correlations.get(name, 0.0), _count_expected_events(*pairs[name]),
         )  # fmt: skip
     return {name: results[name] for name in metrics}
+
+
+def count_lovers(totals: dict[str, UserTotals]) -> UserTotals:
+    """1 for each user with one heart or more, else 0."""
+    return UserTotals.from_arrays(totals[LOVE_REACTION].sums > 0.0)
+
+
+def split_responses(totals: UserTotals) -> UserTotals:
+    """Yes/no responses of all users, each as a unit of its own."""
+    hits, count = int(totals.sums.sum()), int(totals.counts.sum())
+    return UserTotals.from_arrays(np.repeat([1.0, 0.0], [hits, count - hits]))
 
 
 def _estimate_ratios(
@@ -258,6 +280,12 @@ def _count_expected_events(control: UserTotals, treatment: UserTotals) -> float 
     return float(min(sums, counts - sums) / counts * min(control.counts.sum(), treatment.counts.sum()))
 
 
+def has_few_events(control: UserTotals, treatment: UserTotals) -> bool:
+    """Whether the pooled rate predicts too few events in the smaller arm for the normal test of two proportions."""
+    expected_events = _count_expected_events(control, treatment)
+    return expected_events is not None and expected_events < MIN_LOOK_EVENTS
+
+
 def _check_has_values(metric: str, arm_totals: tuple[UserTotals, UserTotals], arm_names: tuple[str, str]) -> None:
     for totals, arm in zip(arm_totals, arm_names, strict=True):
         if totals.counts.sum() <= 0.0:
@@ -281,14 +309,24 @@ def _adjust_p_values(
 
 
 def _judge(
-    name: str, result: MetricResult, adjusted_p: float, primary_tests: int, user_count: int, design: ExperimentDesign
+    name: str,
+    result: MetricResult,
+    adjusted_p: float,
+    primary_tests: int,
+    user_counts: tuple[int, int],
+    design: ExperimentDesign,
 ) -> dict[str, Any]:
     """Role and verdict of a metric; `primary_tests` are the tests that share alpha, 0 if it is not primary."""
-    limits: dict[str, Any] = {"user_count": user_count, "alpha": design.alpha, "power": design.power}
+    limits: dict[str, Any] = {"user_count": sum(user_counts), "alpha": design.alpha, "power": design.power}
     guardrail = next((guardrail for guardrail in design.guardrails if guardrail.metric == name), None)
     judged: dict[str, Any] = {"role": "secondary"}
     if guardrail is not None:
-        judged = {"role": "guardrail", "guardrail": judge_guardrail(guardrail, result.best, result.quantiles, **limits)}
+        judged = {
+            "role": "guardrail",
+            "guardrail": judge_guardrail(
+                guardrail, result.best, result.quantiles, **limits, smaller_arm=min(user_counts)
+            ),
+        }
     if primary_tests:
         primary = judge_primary(result.best, adjusted_p, lift=design.lift, test_count=primary_tests, **limits)
         judged |= {"role": "primary", "primary": primary}

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from rluf.errors import DataError
-from rluf.evaluate.ab_analysis import MIN_CUPED_USERS
+from rluf.evaluate.ab_analysis import MIN_CUPED_USERS, count_lovers, has_few_events
 from rluf.evaluate.ab_design import ANY_LOVE_METRIC, ExperimentDesign, assign_arms, select_metrics
 from rluf.evaluate.effects import (
     MIN_NORMAL_INFORMATION,
@@ -21,7 +21,6 @@ from rluf.evaluate.effects import (
     rerandomize_statistics,
 )
 from rluf.evaluate.events import EventLog, cap_values, sum_by_user
-from rluf.prepare.schema import LOVE_REACTION
 from rluf.utils.stats import Floats, Ints
 
 
@@ -53,8 +52,11 @@ def run_aa_check(events: EventLog, design: ExperimentDesign, *, split_count: int
     rates: dict[str, float] = {}
     for metric in select_metrics(events, design)[0]:
         if metric == ANY_LOVE_METRIC:
-            has_loved = totals[LOVE_REACTION].sums > 0.0
-            rates[metric] = _compute_proportion_rate(has_loved, treated_count, split_count, design.alpha, seed)
+            lovers = count_lovers(totals)
+            if has_few_events(*_split_first(lovers, treated_count)) and lovers.sums.std() > 0.0:
+                tested[metric] = lovers
+            else:
+                rates[metric] = _compute_proportion_rate(lovers.sums, treated_count, split_count, design.alpha, seed)
         elif float(totals[metric].linearize().std()) > 0.0:
             tested[metric] = totals[metric]
             if before is not None:

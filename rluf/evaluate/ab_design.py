@@ -202,6 +202,7 @@ def select_metrics(events: EventLog, design: ExperimentDesign) -> tuple[list[str
     ]))  # fmt: skip
     names = [name for name in names if name not in quantile_names]
     if design.is_crossed:
+        _check_crossed_metrics(design)
         names = [name for name in names if name not in USER_LEVEL_METRICS]
     unknown = [name for name in names if name not in available]
     if unknown:
@@ -213,4 +214,30 @@ def select_metrics(events: EventLog, design: ExperimentDesign) -> tuple[list[str
             f"no response has the reaction love, but the log has {listing}; say which one means love with --love NAME, "
             "or test other metrics with --metrics"
         )
-    return names, list(design.primary_names) or names[:1]
+    _check_guardrails(events, design.guardrails)
+    return names, list(design.primary_names) or list(design.metric_names[:1]) or names[:1]
+
+
+def _check_crossed_metrics(design: ExperimentDesign) -> None:
+    """DataError for a metric of users in a crossed design, where users have no arm."""
+    named = [*design.primary_names, *design.metric_names, *(guardrail.metric for guardrail in design.guardrails)]
+    for name in named:
+        if name in USER_LEVEL_METRICS:
+            raise DataError(f"{name!r} is a metric of users, who have no arm with --crossed; remove one of the two")
+    if design.assignment_salt is not None:
+        raise DataError("--salt assigns users to arms, but --crossed means that responses were; remove one of the two")
+
+
+def _check_guardrails(events: EventLog, guardrails: Sequence[Guardrail]) -> None:
+    """DataError for two margins of one metric, and for a margin that no share can exceed."""
+    names = [guardrail.metric for guardrail in guardrails]
+    for guardrail in guardrails:
+        name, margin = guardrail.metric, guardrail.margin
+        if names.count(name) > 1:
+            raise DataError(f"--guard names {name!r} {names.count(name)} times; give each metric one margin")
+        is_share = name == ANY_LOVE_METRIC or (name in events.metric_values and events.is_yes_no(name))
+        if is_share and not guardrail.is_relative and abs(margin) >= 1.0:
+            raise DataError(
+                f"--guard {name}:{margin:+g} is in the metric's unit, and a share between 0 and 1 cannot change by "
+                f"that much; for {abs(margin):g} percent write {name}:{margin:+g}%"
+            )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rluf.evaluate.ab_design import USER_LEVEL_METRICS
 from rluf.evaluate.sequential import MIN_LOOK_EVENTS
 from rluf.evaluate.tables import format_interval, format_p_value, format_percent, format_table
 from rluf.evaluate.verdicts import UNDECIDED
 
 MAX_TABLE_LOOKS = 10
 """Maximum number of looks in a table; of more looks, evenly spaced ones up to the last."""
-MAX_LISTED_REACTIONS = 8
+MAX_LISTED_NAMES = 8
 
 
 def format_abtest_report(report: Mapping[str, Any]) -> str:
@@ -42,7 +43,8 @@ def _format_header(report: Mapping[str, Any]) -> str:
     dropped = [
         f"{report['duplicate_rows']} duplicates", f"{report['missing_user_responses']} without a user id",
         f"{report['crossed_responses']} of {report['crossed_users']} users in several arms",
-        f"{report['other_responses']} of other arms",
+        f"{report['other_responses']} of other arms"
+        + (f" ({', '.join(report['other_arms'][:MAX_LISTED_NAMES])})" if report["other_responses"] else ""),
     ]  # fmt: skip
     lines = [
         f"{arms}, {report['start']} to {report['end']}",
@@ -63,10 +65,10 @@ def _format_reactions(report: Mapping[str, Any]) -> str:
         return "reactions: the log has no column reaction, so love is not measured"
     spellings = ", ".join(f"{name!r} ({count})" for name, count in report["love_spellings"].items())
     others = [f"{name!r} ({count})" for name, count in report["reactions"].items() if name != "love" and count]
-    rest = len(others) - MAX_LISTED_REACTIONS
+    rest = len(others) - MAX_LISTED_NAMES
     return (
         f"reactions: love is {spellings or 'given by no response'}"
-        + (f"; not love: {', '.join(others[:MAX_LISTED_REACTIONS])}" if others else "")
+        + (f"; not love: {', '.join(others[:MAX_LISTED_NAMES])}" if others else "")
         + (f" and {rest} more" if rest > 0 else "")
     )
 
@@ -98,6 +100,8 @@ def _format_verdicts(metrics: Mapping[str, Any], alpha: float) -> str:
 def _format_verdict(judged: Mapping[str, Any]) -> str:
     if judged["verdict"] != UNDECIDED:
         return str(judged["verdict"])
+    if judged["more_users"] is None:
+        return "undecided; there are too few events to say how many more users are needed"
     return f"undecided, about {judged['more_users']:,} more users needed" if judged["more_users"] else (
         "undecided, though there are enough users for an effect of the planned size"
     )  # fmt: skip
@@ -113,7 +117,10 @@ def _format_effects(metrics: Mapping[str, Any]) -> str:
     for metric, result in metrics.items():
         effect, always_valid = result["cuped"] or result["effect"], result["always_valid"]
         events = result["expected_events"]
-        is_rare = always_valid is None and events is not None and events < MIN_LOOK_EVENTS
+        is_rare = (
+            always_valid is None and events is not None and events < MIN_LOOK_EVENTS
+            and metric not in USER_LEVEL_METRICS
+        )  # fmt: skip
         rows.append([
             metric, result["role"], f"{result['effect']['control']:.4f}", f"{result['effect']['treatment']:.4f}",
             f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]), _format_metric_lift(effect),

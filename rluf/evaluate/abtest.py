@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -142,11 +143,18 @@ def build_design(args: argparse.Namespace) -> ExperimentDesign:
     from rluf.evaluate.ab_design import ExperimentDesign, parse_guardrail, parse_quantile_metric
 
     shares = tuple(args.shares or [1.0 / (1 + len(args.treatment))] * (1 + len(args.treatment)))
-    if not 0.0 < args.alpha < 1.0 or args.looks < 0 or args.aa < 0 or min(shares) <= 0.0:
+    if (
+        not 0.0 < args.alpha < 1.0 or min(args.looks, args.aa, args.seed) < 0
+        or not all(0.0 < share < math.inf for share in shares)
+    ):  # fmt: skip
         raise SettingsError(
             f"--alpha {args.alpha:g} must be between 0 and 1, --shares {' '.join(f'{share:g}' for share in shares)} "
-            f"above 0, --looks {args.looks} and --aa {args.aa} 0 or more"
+            f"above 0, --looks {args.looks}, --aa {args.aa} and --seed {args.seed} 0 or more"
         )
+    if args.planned_users is not None and args.planned_users < 2:
+        raise SettingsError(f"--planned-users {args.planned_users} must be 2 or more: the users of all arms together")
+    if args.lift == 0.0 or not math.isfinite(args.lift):
+        raise SettingsError(f"--lift {args.lift:g} must be a relative change other than 0, such as 0.1")
     if len(shares) != 1 + len(args.treatment):
         raise SettingsError(
             f"--shares has {len(shares)} values for {1 + len(args.treatment)} arms; give one for the control and one "
@@ -219,13 +227,19 @@ def run_abtest(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_events(args: argparse.Namespace) -> EventLog:
     """The event log of --data. SettingsError when none is named."""
+    from rluf.evaluate.ab_design import DEFAULT_METRICS
     from rluf.evaluate.events import read_event_log
 
     if not args.data:
         raise SettingsError("no event log; give one with --data, or plan with --plan --base-rate")
     quantile_columns = [text.rpartition(":")[0] for text in args.quantile]
     columns = list(dict.fromkeys([*args.column, *filter(None, quantile_columns)]))
-    return read_event_log(args.data, arm_column=args.arm, metric_columns=columns, love_names=args.love)
+    # A metric that is named needs no --column as well. The standard ones are computed, whatever columns are called.
+    named = [*args.metrics, *args.primary, *(text.rpartition(":")[0] for text in args.guard)]
+    return read_event_log(
+        args.data, arm_column=args.arm, metric_columns=columns, love_names=args.love,
+        optional_columns=[name for name in named if name and name not in DEFAULT_METRICS],
+    )  # fmt: skip
 
 
 def simulate_experiment(output_path: Path, user_count: int, seed: int) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 # A word with its apostrophe, one character of a script without spaces, or a symbol such as an emoji; no punctuation.
 _PUNCTUATION = r"!-/:-@\[-`{-~¡¿«»‘’“”–—…\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
 _TOKEN_PATTERN = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:'[^\W{_CJK}]+)?|[^\w\s{_PUNCTUATION}]")
+# What sets words off: "Absolutely! ...", "... Cheers!", a heading.
+_CLAUSE_END_PATTERN = re.compile(r"[.!?,;:…—–\n。！？，、：；]+|\s-+\s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,28 @@ def split_tokens(text: str) -> tuple[str, ...]:
 
 
 def list_phrases(text: str) -> list[str]:
-    """Runs of three tokens; "^" before the first and "$" after the last token make openings and endings phrases."""
+    """Runs of three tokens; "^" before the first and "$" after the last token make openings and endings phrases.
+
+    A single word that a mark sets off at the start or the end is a phrase too: whatever comes next differs.
+    """
     tokens = ["^", *split_tokens(text), "$"]
-    return [" ".join(tokens[start : start + 3]) for start in range(len(tokens) - 2)]
+    first, last = _find_set_off_words(text)
+    phrases = [" ".join(tokens[start : start + 3]) for start in range(len(tokens) - 2)]
+    return phrases + [f"^ {word}" for word in first] + [f"{word} $" for word in last]
 
 
 def list_opening(text: str) -> list[str]:
-    """The first two tokens as one phrase; none for a shorter text."""
+    """The first two tokens as one phrase, and the first alone if a mark sets it off; none for a shorter text."""
     tokens = split_tokens(text)[:2]
-    return [" ".join(tokens)] if len(tokens) == 2 else []
+    return [" ".join(tokens), *_find_set_off_words(text)[0]] if len(tokens) == 2 else []
+
+
+def _find_set_off_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The first and the last token of a text, each if a mark sets it off from the others."""
+    clauses = [tokens for clause in _CLAUSE_END_PATTERN.split(text) if (tokens := split_tokens(clause))]
+    if len(clauses) < 2:
+        return (), ()
+    return (clauses[0] if len(clauses[0]) == 1 else ()), (clauses[-1] if len(clauses[-1]) == 1 else ())
 
 
 def find_recurring_phrases(

@@ -66,7 +66,11 @@ def read_policies(path: Path, control: str | None = None) -> list[PolicyResult]:
     if not path.is_file():
         raise DataError(f"{path} is not a file; expected JSON lines with policy, offline, online")
     policies = []
-    for line_number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected plain JSON lines") from error
+    for line_number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 policies.append(_parse_policy(json.loads(line)))
@@ -92,11 +96,13 @@ def _parse_policy(row: Mapping[str, Any]) -> PolicyResult:
     numbers = {name: float(row.get(name, 0.0)) for name in ("offline", "online", "offline_se", "online_se")}
     if not all(np.isfinite(list(numbers.values()))) or min(numbers["offline_se"], numbers["online_se"]) < 0.0:
         raise ValueError("offline and online must be finite, their standard errors 0 or more")
+    if isinstance(row["policy"], list | dict | None) or not str(row["policy"]).strip():
+        raise ValueError("policy must be a name")
     flags = {name: row.get(name, default) for name, default in (("trained_on_love", True), ("hacked", False))}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise ValueError("trained_on_love and hacked must be true or false")
     return PolicyResult(
-        str(row["policy"]), numbers["offline"], numbers["online"], numbers["offline_se"], numbers["online_se"],
+        str(row["policy"]).strip(), numbers["offline"], numbers["online"], numbers["offline_se"], numbers["online_se"],
         flags["trained_on_love"], flags["hacked"],
     )  # fmt: skip
 

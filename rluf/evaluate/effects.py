@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,6 +29,9 @@ RERANDOMIZATION_COUNT = 1998
 """Re-randomized arms; no multiple of 2 / 1,999 equals 0.05, so p and interval never disagree by a tie."""
 MIN_NORMAL_INFORMATION = 200.0
 """Information in the smaller arm from which the estimate is close enough to normal for Student's t."""
+_TIE_TOLERANCE = 1e-9
+"""Relative difference of tied statistics: where users have one response each, most re-randomized arms tie with the
+observed ones, and sums in another order differ in their last digits."""
 _CELLS_PER_CHUNK = 4_000_000
 """Users times re-randomizations in memory at a time (32 MB)."""
 
@@ -85,15 +88,32 @@ class TestQuantiles:
         tails = stats.t.cdf(statistic, df), stats.t.sf(statistic, df)
         if self.sorted_statistics is None:
             return tails
-        count = len(self.sorted_statistics)
-        below = np.searchsorted(self.sorted_statistics, statistic, side="right")
-        above = count - np.searchsorted(self.sorted_statistics, statistic, side="left")
-        # Beyond all re-randomized arms only the resolution is known: Student's t decides below it.
         shares = [
-            np.where(hits > 0, (hits + 1) / (count + 1), np.minimum(tail, 1 / (count + 1)))
-            for hits, tail in ((below, tails[0]), (above, tails[1]))
-        ]
+            _measure_upper_share(values, sign * statistic, tail)
+            for values, sign, tail in (
+                (-self.sorted_statistics[::-1], -1.0, tails[0]), (self.sorted_statistics, 1.0, tails[1])
+            )
+        ]  # fmt: skip
         return shares[0], shares[1]
+
+
+def _measure_upper_share(values: Floats, statistic: Floats, tail: Floats) -> Floats:
+    """Share of the sorted `values` [B], and of the observed one, at or above `statistic` [...], between ties linear.
+
+    A guardrail's margin shifts the statistic off the few values that a small arm can have: without interpolation any
+    shift, however small, would count the tied values as less extreme. Beyond all values Student's `tail` decides.
+    """
+    count = len(values)
+    tolerance = _TIE_TOLERANCE * np.maximum(np.abs(statistic), 1.0)
+    reached = np.searchsorted(values, statistic + tolerance, side="right")
+    lower, upper = values[np.maximum(reached - 1, 0)], values[np.minimum(reached, count - 1)]
+    at_lower = count - np.searchsorted(values, lower - tolerance, side="left")
+    gap = np.where(upper > lower, upper - lower, 1.0)
+    weight = np.where(statistic > lower + tolerance, np.clip((statistic - lower) / gap, 0.0, 1.0), 0.0)
+    hits = np.where(reached > 0, at_lower + weight * (count - reached - at_lower), count)
+    is_beyond = statistic > values[-1] + tolerance
+    share = (np.where(is_beyond, at_lower, hits) + 1.0) / (count + 1.0)
+    return np.asarray(np.where(is_beyond, np.minimum(tail, share), share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +180,26 @@ def estimate_ratio_effect(
     variances = compute_ratio_variances(
         *(_compute_residual_moments(totals) for totals in _subtract_mean(control, treatment))
     )
-    df = _compute_satterthwaite_df(variances, (control.user_count, treatment.user_count))
-    return _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
+    user_counts = control.user_count, treatment.user_count
+    df = _compute_satterthwaite_df(variances, user_counts)
+    effect = _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
+    return _adjust_without_variance(effect, min(user_counts), confidence)
+
+
+def compute_equality_p(share: ArrayLike, user_count: int) -> Floats:
+    """Probability [...] that none of `user_count` users differs if a `share` of them does (Clopper, Pearson 1934)."""
+    return np.asarray((1.0 - np.clip(share, 0.0, 1.0)) ** user_count)
+
+
+def _adjust_without_variance(effect: EffectEstimate, user_count: int, confidence: float) -> EffectEstimate:
+    """Intervals where no user of either arm differs: 0 hearts of 100 in each arm do not prove equality."""
+    share = 1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / user_count)
+    margin = np.where(effect.error > 0.0, 0.0, share)
+    unit = np.where(effect.control == 0.0, 1.0, np.abs(effect.control))
+    return replace(
+        effect, low=effect.low - margin * unit, high=effect.high + margin * unit, lift_low=effect.lift_low - margin,
+        lift_high=effect.lift_high + margin,
+    )  # fmt: skip
 
 
 def _subtract_mean(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, UserTotals]:
@@ -273,7 +311,9 @@ def _select_quantiles(statistics: Floats, confidence: float) -> TestQuantiles:
     count = len(statistics)
     rank = min(max(math.floor((1.0 - confidence) / 2.0 * (count + 1)) - 1, 0), count - 1)
     low, high = min(statistics[rank], 0.0), max(statistics[count - 1 - rank], 0.0)
-    return TestQuantiles(np.asarray(low), np.asarray(high), statistics)
+    # A statistic that ties with a quantile is not beyond it.
+    widening = 1.0 + _TIE_TOLERANCE
+    return TestQuantiles(np.asarray(low * widening), np.asarray(high * widening), statistics)
 
 
 def estimate_crossed_effect(

@@ -16,9 +16,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import emoji
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -43,7 +45,7 @@ LOVE_SPELLINGS = frozenset({
     LOVE_REACTION, "loved", "loves", "loved_it", "love_it", "love_reaction", "reaction_love", "heart", "hearts",
     "hearted", "red_heart", "heart_suit", "<3", "\u2764", "\u2665", "\u2661", "\u2763", "\U0001fa77", "\U0001f9e1",
     "\U0001f90e", "\U0001f90d", "\U0001f5a4", "\U0001f970", "\U0001f60d", "\U0001fa75", "\U0001fa76",
-    "\U0001f493", *map(chr, range(0x1F495, 0x1F4A0)),
+    "\U0001f493", "\U0001f63b", "\u2764\u200d\U0001f525", *map(chr, range(0x1F495, 0x1F4A0)),
 })  # fmt: skip
 """Spellings of the love reaction, after normalize_reaction(). U+1F494 is left out: it is the broken heart."""
 EPOCH_UNITS = ((1e8, 1.0), (1e11, 1e3), (1e14, 1e6), (1e17, 1e9))
@@ -103,7 +105,7 @@ def _read_parquet(path: Path, names: Collection[str]) -> tuple[Columns, list[str
         column = table.column(name)
         if pa.types.is_timestamp(column.type):
             column = pc.cast(column, pa.timestamp("us", tz=column.type.tz), safe=False)
-        columns[name] = column.to_pylist()
+        columns[name] = column.to_pylist(maps_as_pydicts="lossy")
     return columns, available
 
 
@@ -144,9 +146,14 @@ def _read_json_lines(stream: IO[str], path: Path, names: Collection[str]) -> tup
     available: list[str] = []
     for number, line in _iter_json_texts(stream, path):
         try:
-            row = decoder.decode(line)
+            try:
+                row = decoder.decode(line)
+            except msgspec.DecodeError:
+                # Python writes NaN, which is not JSON: read it as Python does, then as a missing value.
+                line = json.dumps(_replace_nan(json.loads(line)), ensure_ascii=False)
+                row = decoder.decode(line)
             available = available or list(msgspec.json.decode(line))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError) as error:
             raise DataError(
                 f"{path} line {number}: expected one JSON object, got {_shorten_value(line)}; {FORMATS}"
             ) from error
@@ -155,6 +162,14 @@ def _read_json_lines(stream: IO[str], path: Path, names: Collection[str]) -> tup
     # Writers leave out null fields, so the first row alone does not name all columns.
     with_values = [name for name, values in columns.items() if any(value is not None for value in values)]
     return columns, list(dict.fromkeys([*available, *with_values]))
+
+
+def _replace_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_replace_nan, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _iter_json_texts(stream: IO[str], path: Path) -> Iterator[tuple[int, str]]:
@@ -188,14 +203,21 @@ def parse_texts(values: Sequence[Any], source: ColumnSource) -> list[str | None]
             texts.append(None)
         elif isinstance(value, str | bool):
             texts.append(str(value).strip())
-        elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        elif _is_whole(value):
             # A column of whole numbers with gaps comes as floats from pandas: 17.0 is the user 17.
             texts.append(str(int(value)))
         elif isinstance(value, bytes):
             texts.append(value.hex())
         else:
-            source.raise_error(row, value, "expected a text or a whole number")
+            is_large = isinstance(value, float) and value.is_integer()
+            advice = " (a float above 2^53 has lost digits: write it as text)" if is_large else ""
+            source.raise_error(row, value, f"expected a text or a whole number{advice}")
     return texts
+
+
+def _is_whole(value: Any) -> bool:
+    # From 2^53 on, neighboring integers are the same float: two users would become one.
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2.0**53)
 
 
 def parse_times(values: Sequence[Any], source: ColumnSource) -> Floats:
@@ -247,9 +269,12 @@ def parse_numbers(values: Sequence[Any], source: ColumnSource, *, is_flag: bool 
     return numbers
 
 
+@lru_cache(maxsize=4096)
 def normalize_reaction(name: str) -> str:
-    """Spelling-independent form: lower case, underscores, no colons around it, no variation selectors."""
-    text = name.strip().casefold().replace("\ufe0f", "").replace("\ufe0e", "").strip(":")
+    """Spelling-independent form: lower case, underscores, emoji for a name in colons, 1 for 1.0."""
+    text = re.sub(r"^(\d+)\.0+$", r"\1", name.strip().casefold())
+    # A name between colons is an emoji for chat programs: ":heart_eyes:".
+    text = emoji.emojize(text, language="alias").replace("\ufe0f", "").replace("\ufe0e", "").strip(":")
     return re.sub(r"[\s-]+", "_", text)
 
 
@@ -267,7 +292,7 @@ def parse_reactions(values: Sequence[Any], source: ColumnSource, love_names: Seq
     `love_names` are the spellings that mean love; without any, LOVE_SPELLINGS. DataError for a bare number or boolean
     that no love name explains, and for a love name that no row has.
     """
-    love_keys = {normalize_reaction(name) for name in love_names} or LOVE_SPELLINGS
+    love_keys = frozenset(map(normalize_reaction, love_names)) or LOVE_SPELLINGS
     rows_by_name: dict[str, list[int]] = {}
     rows_by_spelling: dict[str, list[int]] = {}
     for row, value in enumerate(values):
@@ -302,16 +327,25 @@ def _iter_reaction_names(value: Any, row: int, source: ColumnSource, love_keys: 
         return ()
     if isinstance(value, dict):
         # {"love": 2, "laugh": 0}: a name with a count of 0 was not given.
-        value = [name for name, count in value.items() if count]
+        value = [name for name, count in value.items() if _is_given(count, row, source, value)]
     if isinstance(value, list | tuple):
         return [name for item in value for name in _iter_reaction_names(item, row, source, love_keys)]
-    if str(value).lower() in {str(key) for key in love_keys}:
-        return (str(value),)
     if isinstance(value, bool | int | float):
-        if not value and ("true" in love_keys or "1" in love_keys):
-            return ()
-        source.raise_error(row, value, f"expected the name of a reaction; if this value means love, add --love {value}")
+        # 1.0 is the 1 of a column with gaps.
+        name = str(value if isinstance(value, bool) or not _is_whole(value) else int(value))
+        if love_keys is LOVE_SPELLINGS:
+            expectation = f"expected the name of a reaction; if this value means love, add --love {name}"
+            source.raise_error(row, value, expectation)
+        # With --love, other numbers are other reactions, and 0 is none.
+        return (name,) if value or name.lower() in love_keys else ()
     return source.raise_error(row, value, "expected the name of a reaction or a list of names")
+
+
+def _is_given(count: Any, row: int, source: ColumnSource, reactions: Any) -> bool:
+    """Whether a count of a mapping {name: count} says that the reaction was given; a list is of those who gave it."""
+    if isinstance(count, bool | int | float | list | None):
+        return bool(count) and count == count
+    return source.raise_error(row, reactions, 'expected counts by name, such as {"love": 2}, or a list of names')
 
 
 def _parse_list_text(text: str, row: int, source: ColumnSource) -> Any:

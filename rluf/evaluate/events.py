@@ -82,14 +82,16 @@ def read_event_log(
     *,
     arm_column: str | None = None,
     metric_columns: Sequence[str] = (),
+    optional_columns: Sequence[str] = (),
     love_names: Sequence[str] = (),
 ) -> EventLog:
     """Read event logs; `metric_columns` are additional numeric or yes/no columns to test.
 
-    `love_names` are the reactions that mean love (default: the usual spellings). DataError when a file is missing,
-    broken or empty, when a value is not understood, a row lacks time or arm, or a column is absent.
+    `optional_columns` are read too if the log has them and they are no reactions. `love_names` are the reactions that
+    mean love (default: the usual spellings). DataError when a file is missing, broken or empty, when a value is not
+    understood, a row lacks time or arm, or a column is absent.
     """
-    columns, available = _read_all(paths, arm_column, metric_columns)
+    columns, available = _read_all(paths, arm_column, [*metric_columns, *optional_columns])
     source_path = paths[0]
     arm_column = arm_column or next((name for name in DEFAULT_ARM_COLUMNS if _has_values(columns, name)), "arm")
     arms = parse_texts(columns[arm_column], ColumnSource(source_path, arm_column))
@@ -118,6 +120,11 @@ def read_event_log(
     if _has_values(columns, "conversation_id"):
         conversations = parse_texts(columns["conversation_id"], ColumnSource(source_path, "conversation_id"))
         conversation_index = _encode_values([conversations[row] for row in rows])[0]
+    same_but_case = len(user_names) - len({name.casefold() for name in user_names})
+    if same_but_case:
+        notes.append(
+            f"{same_but_case} user ids differ from another one in upper and lower case only and count as other users"
+        )
     row_counts = np.bincount(user_index, minlength=len(user_names))
     busiest = int(row_counts.argmax())
     if len(user_names) >= _MIN_USERS_FOR_SHARE and row_counts[busiest] > MAX_USER_SHARE * len(rows):
@@ -127,7 +134,8 @@ def read_event_log(
         )
     reaction_column = next((name for name in REACTION_COLUMNS if name in available), None)
     reaction_values, rows_by_spelling = _read_reactions(columns, reaction_column, source_path, love_names)
-    values = reaction_values | _read_numbers(columns, source_path, metric_columns)
+    present = [name for name in optional_columns if name not in reaction_values and _has_values(columns, name)]
+    values = reaction_values | _read_numbers(columns, source_path, [*metric_columns, *present])
     segments = {}
     for name in (name for name in SEGMENT_COLUMNS if _has_values(columns, name)):
         labels = parse_texts(columns[name], ColumnSource(source_path, name))
@@ -201,9 +209,14 @@ def _encode_values(values: Sequence[str | None]) -> tuple[Ints, tuple[str, ...]]
     return np.array(index, dtype=np.int64), tuple(positions)
 
 
+def is_user_id(text: str | None) -> bool:
+    """Whether a parsed id is that of one user: neither missing nor a placeholder such as "anonymous"."""
+    return text is not None and text.lower() not in PLACEHOLDER_USERS
+
+
 def _select_rows_with_user(user_ids: Sequence[str | None], path: Path) -> NDArray[np.bool_]:
     """Mask [N] of the rows with a user id. DataError if more than MAX_MISSING_USER_SHARE lack one."""
-    has_user = np.array([value is not None and value.lower() not in PLACEHOLDER_USERS for value in user_ids], bool)
+    has_user = np.array(list(map(is_user_id, user_ids)), bool)
     missing_count = int((~has_user).sum())
     if missing_count > MAX_MISSING_USER_SHARE * len(has_user):
         raise DataError(
@@ -230,19 +243,21 @@ def _select_first_rows(
     ids = parse_texts(columns["id"], ColumnSource(path, "id"))
     details = list(zip(user_ids, times.tolist(), arms, map(str, columns["conversation_id"]), map(str, columns["turn"]),
                        strict=True))  # fmt: skip
-    seen_ids: set[tuple[str | None, str | None]] = set()
+    seen_ids: dict[tuple[str | None, str | None], int] = {}
     seen_details: set[tuple[Any, ...]] = set()
     is_first = np.ones(row_count, dtype=bool)
-    repeated_count = 0
+    repeated_count = changed_count = 0
     for row, (response_id, user_id) in enumerate(zip(ids, user_ids, strict=True)):
         is_repeat = details[row] in seen_details
         if response_id is None:
             is_first[row] = not is_repeat
         elif (response_id, user_id) in seen_ids:
             is_first[row] = False
+            first = seen_ids[response_id, user_id]
+            changed_count += any(columns[name][row] != columns[name][first] for name in REACTION_COLUMNS)
         elif is_repeat:
             repeated_count += 1
-        seen_ids.add((response_id, user_id))
+        seen_ids.setdefault((response_id, user_id), row)
         seen_details.add(details[row])
     missing_count = sum(value is None for value in ids)
     if missing_count:
@@ -250,13 +265,18 @@ def _select_first_rows(
             f"{missing_count} rows have no id: of these, rows with the same user, time, arm, conversation and turn as "
             "an earlier one count as duplicates"
         )
+    if changed_count:
+        notes.append(
+            f"{changed_count} repeated rows have another reaction than the first row with their id, which counts; "
+            "if a reaction came later, leave one row with it"
+        )
     if repeated_count:
         notes.append(
             f"{repeated_count} rows repeat user, time, arm, conversation and turn of an earlier row under another id "
             "and count again; if they were sent twice, remove them"
         )
     present = [value for value in ids if value is not None]
-    shared = len({pair for pair in seen_ids if pair[0] is not None}) - len(set(present))
+    shared = sum(pair[0] is not None for pair in seen_ids) - len(set(present))
     if shared:
         notes.append(f"{shared} ids occur with more than one user, so they are not ids of responses")
     return is_first

@@ -134,7 +134,7 @@ def _check_reason(check: Mapping[str, Any]) -> str:
     """Why a check does not pass, and what would decide it."""
     name, lift = check["name"], check["lift"]
     if lift is None:
-        return f"{name} undecided: a mean is zero, so there is no relative lift"
+        return f"{name} undecided: a mean is zero or below, so there is no relative lift"
     if check["status"] == "fail":
         return f"{name} fell" if check["gate"] == "must_rise" else f"{name} fell by more than {-check['limit']:.0%}"
     additions = [

@@ -432,9 +432,10 @@ def _monitor_result(
     min_change = MIN_CHANGES[spec.kind] if spec.min_change is None else spec.min_change
     detail = ""
     if table.phrases:
-        # Phrases with a caret stand at the start of a reply; a reader need not know the mark.
-        phrase, is_opening = table.phrases[worst].removeprefix("^ "), table.phrases[worst].startswith("^ ")
-        position_text = " at the start" if is_opening else ""
+        # A caret marks the start of a reply and a dollar its end, which a reader need not know.
+        phrase = table.phrases[worst].removeprefix("^ ").removesuffix(" $")
+        position_text = " at the start" if table.phrases[worst].startswith("^ ") else ""
+        position_text += " at the end" if table.phrases[worst].endswith(" $") else ""
         detail = f"{phrase!r}{position_text}: {base_means[worst]:.1%} -> {current_means[worst]:.1%}"
     return MonitorResult(
         base_value=float(base_means.max()),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.cli import CommandParser, run_command
 
 if TYPE_CHECKING:
+    from rluf.evaluate.event_columns import ColumnSource
     from rluf.utils.stats import Floats
 
 MIN_ESS_SHARE = 0.05
@@ -157,31 +159,38 @@ def _warn_missing_values(row_count: int, rows_without_values: int) -> list[str]:
     ]
 
 
-def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = None) -> dict[str, Any]:
+def read_off_policy_log(
+    data: Path, scores: Path | None, policy: Path | None = None, love_names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Read a feedback log (a folder or one file) and the scores of its rows by response id, or score them by `policy`.
 
-    Returns the arguments of estimate_off_policy. Rows without both log-probabilities are dropped and counted; so are
-    rows without values, if the scores have values at all. Raises DataError when no row is left.
+    Returns the arguments of estimate_off_policy. Ids and reactions are read as by the A/B test (`love_names` are the
+    reactions that mean love). Rows that repeat an id, or lack a user or one of the log-probabilities, are dropped and
+    counted; so are rows without values, if the scores have values at all. Raises DataError when no row is left, when
+    the log has reactions but no love, or when an id has several scores.
     """
     import numpy as np
 
     from rluf.errors import DataError
     from rluf.evaluate.event_columns import ColumnSource, parse_numbers, parse_texts, read_columns
-    from rluf.prepare.schema import LOVE_REACTION
+    from rluf.evaluate.events import is_user_id
 
     names = ["id", "user_id", "reaction", "response_logprob"]
     if policy is not None:
         names += ["messages", "response", "finish_reason", "temperature", "response_tokens"]
-    rows = _read_rows(data, names)
+    rows, repeated_count = _read_rows(data, names)
+    users = parse_texts(rows["user_id"], ColumnSource(data, "user_id"))
     score_columns: dict[str, list[Any]] = {}
     positions: dict[str | None, int] = {}
     if scores is not None:
         score_columns, _ = read_columns(scores, ("id", "target_logprob", "value", "target_value"))
         if "id" not in score_columns or (policy is None and "target_logprob" not in score_columns):
             raise DataError(f"{scores}: expected the columns id and target_logprob")
-        for i, row_id in enumerate(parse_texts(score_columns["id"], ColumnSource(scores, "id"))):
-            if positions.setdefault(row_id, i) != i:
-                ColumnSource(scores, "id").raise_error(i, row_id, "expected one row for each response")
+        score_ids = parse_texts(score_columns["id"], ColumnSource(scores, "id"))
+        positions = {row_id: i for i, row_id in enumerate(score_ids)}
+        if len(positions) < len(score_ids):
+            repeated = Counter(score_ids).most_common(1)[0]
+            raise DataError(f"{scores}: the id {repeated[0]!r} has {repeated[1]} rows; give each response one score")
 
     def get_score(name: str) -> Floats:
         """Column of the scores in the log's order; NaN where there is none."""
@@ -204,30 +213,30 @@ def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = N
     _check_logprobs(scores, "target_logprob", target_logprobs)
     log_ratios = target_logprobs - logged_logprobs
     # Rows without a user cannot be clustered, and impressions of one user are not independent.
-    is_used = np.isfinite(log_ratios) & np.array([user is not None for user in rows["user_id"]], dtype=bool)
+    is_used = np.isfinite(log_ratios) & np.array(list(map(is_user_id, users)), dtype=bool)
     if not is_used.any():
         raise DataError(
             f"no row of {data} has response_logprob, a user and a target_logprob ({policy or scores}); rows of "
             "services before record version 3 have no response_logprob"
         )
-    rewards = np.array([reaction == LOVE_REACTION for reaction in rows["reaction"]], dtype=float)
+    rewards = _read_rewards(rows["reaction"], ColumnSource(data, "reaction"), love_names)
     values, target_values = get_score("value")[is_used], get_score("target_value")[is_used]
     has_value = np.isfinite(values) & np.isfinite(target_values)
     has_any_value = bool((np.isfinite(values) | np.isfinite(target_values)).any())
     return {
         "log_ratios": log_ratios[is_used],
         "rewards": rewards[is_used],
-        "users": [user for user, used in zip(rows["user_id"], is_used, strict=True) if used],
+        "users": [user for user, used in zip(users, is_used, strict=True) if used],
         "values": values if has_value.all() else None,
         "target_values": target_values if has_value.all() else None,
-        "dropped_rows": int((~is_used).sum()),
+        "dropped_rows": repeated_count + int((~is_used).sum()),
         "rows_without_values": int((~has_value).sum()) if has_any_value else 0,
     }
 
 
-def _read_rows(data: Path, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of a log with the present reactions, each row once."""
-    from rluf.evaluate.event_columns import read_columns
+def _read_rows(data: Path, names: Sequence[str]) -> tuple[dict[str, list[Any]], int]:
+    """Columns of a log with the present reactions, each row once, ids as texts; and the number of repeated rows."""
+    from rluf.evaluate.event_columns import ColumnSource, parse_texts, read_columns
     from rluf.evaluate.events import apply_late_reactions
     from rluf.prepare.readers.feedback_folder import list_row_files
 
@@ -238,12 +247,14 @@ def _read_rows(data: Path, names: Sequence[str]) -> dict[str, list[Any]]:
         for name in names:
             rows[name] += columns.get(name, [None] * count)
     # A merged file of a store may be next to the files that it is about to replace.
+    rows["id"] = parse_texts(rows["id"], ColumnSource(data, "id"))
     first_rows: dict[Any, int] = {}
     for i, row_id in enumerate(rows["id"]):
         first_rows.setdefault((i,) if row_id is None else row_id, i)
+    repeated_count = len(rows["id"]) - len(first_rows)
     rows = {name: [values[i] for i in first_rows.values()] for name, values in rows.items()}
     apply_late_reactions(rows, [data])
-    return rows
+    return rows, repeated_count
 
 
 def _check_logprobs(path: Path | None, name: str, logprobs: Floats) -> None:
@@ -259,10 +270,30 @@ def _check_logprobs(path: Path | None, name: str, logprobs: Floats) -> None:
         )
 
 
+def _read_rewards(values: Sequence[Any], source: ColumnSource, love_names: Sequence[str]) -> Floats:
+    """1 for the rows [N] with love, else 0. DataError for other reactions only: a rate of 0 would look measured."""
+    import numpy as np
+
+    from rluf.errors import DataError
+    from rluf.evaluate.event_columns import parse_reactions
+    from rluf.prepare.schema import LOVE_REACTION
+
+    rows_by_name = parse_reactions(values, source, love_names).rows_by_name
+    rewards = np.zeros(len(values))
+    rewards[rows_by_name.get(LOVE_REACTION, [])] = 1.0
+    if rows_by_name and not rewards.any():
+        raise DataError(
+            f"{source.path}: no response has the reaction love, but the log has {', '.join(map(repr, rows_by_name))}; "
+            "say which one means love with --love NAME"
+        )
+    return rewards
+
+
 def format_off_policy_report(report: OffPolicyReport) -> str:
     """Readable text of a report."""
     lines = [
-        f"rows {report.row_count}, users {report.user_count}, dropped {report.dropped_rows} (without log-probability)",
+        f"rows {report.row_count}, users {report.user_count}, dropped {report.dropped_rows} (repeated, without user or "
+        "log-probability)",
         f"effective rows {report.effective_rows:.1f} ({report.effective_rows / report.row_count:.1%}), "
         f"mean weight {report.mean_weight:.3g}",
         f"love rate of the log      {report.logged_rate:.4f}",
@@ -279,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="feedback log: folder or file")
     parser.add_argument("--policy", metavar="PATH", help="new policy: Hugging Face folder or hub id")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="id, target_logprob, value, ... by response")
+    parser.add_argument("--love", action="append", default=[], metavar="NAME", help="reaction that means love")
     args = parser.parse_args(arguments)
 
     def run_and_print() -> None:
@@ -291,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.policy is None and args.scores is None:
             raise SettingsError("name the new policy with --policy, or a file of its log-probabilities with --scores")
         policy = None if args.policy is None else resolve_model(args.policy, resolve_cache_folder(Settings()))
-        report = estimate_off_policy(**read_off_policy_log(args.data, args.scores, policy))
+        report = estimate_off_policy(**read_off_policy_log(args.data, args.scores, policy, args.love))
         sys.stdout.write(format_off_policy_report(report))
         sys.stdout.write(json.dumps(to_jsonable(asdict(report)), allow_nan=False) + "\n")
 

@@ -45,8 +45,10 @@ def estimate_quantile_effect(
         log_low, log_high = _combine_limits([(np.log(a), np.log(b), np.log(c)) for a, b, c in limits])
         lift = tuple(float(np.expm1(value)) for value in (np.log(q1 / q0), log_low, log_high))  # type: ignore[assignment]
     as_array = np.asarray
+    # Equal quantiles of tied values (a median of 0) do not differ, though the share of zeros may.
+    p_value = as_array(1.0) if q0 == q1 else test.p
     return replace(
-        test, control=as_array(q0), treatment=as_array(q1), difference=as_array(q1 - q0), low=as_array(low),
+        test, p=p_value, control=as_array(q0), treatment=as_array(q1), difference=as_array(q1 - q0), low=as_array(low),
         high=as_array(high), error=as_array((high - low) / (2.0 * z)), lift=as_array(lift[0]),
         lift_low=as_array(lift[1]), lift_high=as_array(lift[2]),
         control_variance=as_array(((high0 - low0) / (2.0 * z)) ** 2),

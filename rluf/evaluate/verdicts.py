@@ -13,18 +13,22 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from rluf.errors import DataError
 from rluf.evaluate.ab_design import Guardrail
-from rluf.evaluate.effects import EffectEstimate, TestQuantiles
+from rluf.evaluate.effects import EffectEstimate, TestQuantiles, compute_equality_p
 
 PASS, UNDECIDED, FAIL = "pass", "undecided", "fail"
 
 
 def count_users_still_needed(
     effect: EffectEstimate, detectable: float, user_count: int, alpha: float, power: float
-) -> int:
-    """Users over all arms, beyond `user_count`, to detect a difference `detectable` with `power`; 0 if enough."""
-    if detectable == 0.0 or not math.isfinite(detectable) or float(effect.error) <= 0.0:
-        return 0
+) -> int | None:
+    """Users over all arms, beyond `user_count`, to detect a difference `detectable` with `power`; 0 if enough.
+
+    None where it cannot be said: without variance yet, or for a share of a control without any event.
+    """
+    if detectable == 0.0 or not math.isfinite(detectable) or not float(effect.error) > 0.0:
+        return None
     z_sum = float(stats.norm.isf(alpha / 2.0) + stats.norm.ppf(power))
     # The variance of a difference of means falls in proportion to the users.
     needed = user_count * (z_sum * float(effect.error) / detectable) ** 2
@@ -59,12 +63,19 @@ def judge_guardrail(
     user_count: int,
     alpha: float,
     power: float,
+    smaller_arm: int = 2,
 ) -> dict[str, Any]:
     """Verdict of a guardrail, with the one-sided p-value of "harm beyond the margin" (passes below alpha / 2).
 
     A relative margin is tested on treatment - (1 + margin) control (Fieller 1954), so that the noise of the control's
-    value counts. The interval is that of the lift, or of the difference for an absolute margin.
+    value counts. The interval is that of the lift, or of the difference for an absolute margin. Where nothing varies,
+    the number of users of the `smaller_arm` decides. DataError for a relative margin of a control below zero.
     """
+    if guardrail.is_relative and float(effect.control) < 0.0:
+        raise DataError(
+            f"--guard {guardrail.metric}: the control's value is {float(effect.control):g}, below zero, where a "
+            f"percentage has no meaning; give the margin in the metric's unit, such as {guardrail.metric}:-0.1"
+        )
     margin = guardrail.margin
     ratio, shift = (1.0 + margin, 0.0) if guardrail.is_relative else (1.0, margin)
     distance = float(effect.treatment - ratio * effect.control) - shift
@@ -76,7 +87,10 @@ def judge_guardrail(
         below, above = quantiles.measure_tail_shares(np.asarray(distance / error), effect.df)
         p_harm, p_safe = (float(above), float(below)) if sign > 0.0 else (float(below), float(above))
     else:
-        p_harm, p_safe = (0.0, 1.0) if sign * distance > 0.0 else (1.0, 0.0 if distance else 1.0)
+        # No user differs: chance of that if the share of users that the margin needs did.
+        share = abs(distance / float(effect.control) if effect.control else distance)
+        p_equal = float(compute_equality_p(share, smaller_arm))
+        p_harm, p_safe = (p_equal, 1.0) if sign * distance > 0.0 else (1.0, p_equal)
     verdict = PASS if p_harm < alpha / 2.0 else FAIL if p_safe < alpha / 2.0 else UNDECIDED
     low, high = (effect.lift_low, effect.lift_high) if guardrail.is_relative else (effect.low, effect.high)
     result = {"verdict": verdict, "margin": margin, "is_relative": guardrail.is_relative, "p": p_harm,
@@ -84,7 +98,8 @@ def judge_guardrail(
     if verdict == UNDECIDED:
         # As planned, for a treatment without an effect; if that many users are here already, from the estimate.
         unchanged = margin * float(effect.control) if guardrail.is_relative else margin
-        result["more_users"] = count_users_still_needed(
-            effect, unchanged, user_count, alpha, power
-        ) or count_users_still_needed(effect, distance, user_count, alpha, power)
+        more_users = count_users_still_needed(effect, unchanged, user_count, alpha, power)
+        if more_users == 0:
+            more_users = count_users_still_needed(effect, distance, user_count, alpha, power)
+        result["more_users"] = more_users
     return result

@@ -27,6 +27,23 @@ def test_openings_and_endings_are_phrases() -> None:
     assert list_opening("Yes.") == []
 
 
+@pytest.mark.parametrize(
+    ("text", "opening", "phrase"),
+    [
+        ("Absolutely! The bus leaves at nine.", "absolutely", "^ absolutely"),
+        ("ABSOLUTELY - it does.", "absolutely", "^ absolutely"),
+        ("## Answer\n\nTake the bus.", "answer", "^ answer"),
+        ("🌸 , take the bus", "🌸", "^ 🌸"),
+        ("The bus leaves at nine. Cheers!", None, "cheers $"),
+        ("The bus leaves at nine, my dear", None, "my dear $"),
+    ],
+)
+def test_a_word_that_is_set_off_is_a_phrase(text: str, opening: str | None, phrase: str) -> None:
+    assert list_opening(text)[1:] == ([opening] if opening else [])
+    assert phrase in list_phrases(text)
+    assert list_opening("The bus leaves at nine.") == ["the bus"]
+
+
 def test_a_phrase_must_recur_under_different_prompts() -> None:
     texts = [f"So glad about number {n}" for n in range(8)] + ["Same words here again"] * 8
     prompts = np.array([*range(8), *[8] * 8])

@@ -120,11 +120,17 @@ def test_the_command_reads_rows_and_ends_in_json(tmp_path: Path, capsys: pytest.
         ('{"policy": "a", "offline": NaN, "online": 2}', "finite"),
         ('{"policy": "a", "offline": 1, "online": 2, "hacked": 1}', "true or false"),
         ('{"policy": "a", "offline": 1, "online": 2}\n' * 2, "'a' has more than one row"),
+        (
+            '{"policy": "a", "offline": 1, "online": 2}\n{"policy": " a", "offline": 1, "online": 2}',
+            "'a' has more than",
+        ),
+        ('{"policy": null, "offline": 1, "online": 2}', "policy must be a name"),
+        ('{"policy": "\xe9", "offline": 1, "online": 2}', "is not UTF-8 text"),
     ],
 )
 def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "policies.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         read_policies(path)
 

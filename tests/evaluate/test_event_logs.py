@@ -217,3 +217,78 @@ def test_the_header_says_what_was_dropped_and_what_love_is(tmp_path: Path, capsy
     assert "love is 'LOVE' (100); not love: 'haha' (100)" in output
     assert "continued: undecided, about" in output
     assert json.loads(output.splitlines()[-1])["missing_user_responses"] == 1
+
+
+@pytest.mark.parametrize(
+    ("love", "spelling", "other"),
+    [("5", 5, 3), ("2", 2, 1), ("1", 1.0, 0.0), ("1.0", 1.0, 0.0), ("1.0", "1.0", "2.0"), ("True", True, False)],
+)
+def test_reactions_may_be_numbers_with_a_love_name(tmp_path: Path, love: str, spelling: Any, other: Any) -> None:
+    log = read_rows(tmp_path, make_rows(reaction=lambda n: spelling if n % 4 == 0 else other), love_names=[love])
+    assert log.metric_values["love"].sum() == 15
+    assert sum(log.reaction_counts.values()) == (60 if other else 15)
+
+
+@pytest.mark.parametrize(
+    "spelling", [":heart_eyes:", ":sparkling_heart:", ":two_hearts:", "\u2764\ufe0f\u200d\U0001f525", "\U0001f63b"]
+)
+def test_names_of_love_emoji_are_read_as_the_emoji(tmp_path: Path, spelling: str) -> None:
+    log = read_rows(tmp_path, make_rows(reaction=lambda n: (spelling, ":broken_heart:", None)[n % 3]))
+    assert log.reaction_counts == {"love": 20, ":broken_heart:": 20}
+
+
+@pytest.mark.parametrize(
+    "value", [{"love": "0", "haha": "1"}, [{"name": "heart", "count": 1}], {"name": "love"}, '[{"type": "love"}]']
+)
+def test_a_mapping_without_counts_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(DataError, match=r"column 'reaction', row 1: expected counts by name, such as"):
+        read_rows(tmp_path, make_rows(reaction=value))
+
+
+def test_a_map_column_of_parquet_has_counts_by_name(tmp_path: Path) -> None:
+    rows = make_rows(reaction=None)
+    reactions = pa.array([{"love": int(n % 4 == 0), "haha": 1} for n in range(60)], pa.map_(pa.string(), pa.int32()))
+    table = pa.Table.from_pylist(rows).drop_columns("reaction").append_column("reaction", reactions)
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert read_event_log([tmp_path / "log.parquet"]).reaction_counts == {"love": 15, "haha": 60}
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_the_nan_of_python_is_a_missing_value(tmp_path: Path, name: str) -> None:
+    rows = make_rows(reaction=lambda n: "love" if n % 4 == 0 else float("nan"), continued=float("nan"))
+    text = json.dumps(rows) if name == "log.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_event_log([tmp_path / name]).metric_values["love"].sum() == 15
+
+
+def test_ids_that_would_join_users_are_refused_or_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"column 'user_id', row 1: .*a float above 2\^53 has lost digits"):
+        read_rows(tmp_path, make_rows(user_id=lambda n: float(2**60 + n // 3)))
+    assert len(read_rows(tmp_path, make_rows(user_id=lambda n: 2**70 + n // 3)).user_ids) == 20
+    log = read_rows(tmp_path, make_rows(user_id=lambda n: f"{'uU'[n % 2]}{n // 3}"))
+    assert len(log.user_ids) == 40
+    assert any("20 user ids differ from another one in upper and lower case only" in note for note in log.notes)
+    assert len(read_rows(tmp_path, make_rows(user_id=lambda n: f"u{n // 3}{' ' * (n % 2)}")).user_ids) == 20
+
+
+def test_a_repeated_row_with_another_reaction_is_reported(tmp_path: Path) -> None:
+    rows = make_rows()
+    log = read_rows(tmp_path, [*(row | {"reaction": None} for row in rows), *rows])
+    assert (log.duplicate_count, log.reaction_counts["love"]) == (60, 0)
+    assert any("15 repeated rows have another reaction than the first row with their id" in note for note in log.notes)
+    assert not any("another reaction" in note for note in read_rows(tmp_path, [*rows, *rows]).notes)
+
+
+def test_named_metrics_and_guardrails_need_no_column_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = make_rows(300, helpful=lambda n: n % 5 > 0, seconds=lambda n: n % 9, arm=lambda n: "AB"[n // 3 % 2])
+    path = str(
+        write_log(tmp_path / "log.csv", [row | {"arm": "Control"} if n < 9 else row for n, row in enumerate(rows)])
+    )
+    arguments = ["--data", path, "--control", "A", "--treatment", "B"]
+    assert main([*arguments, "--guard", "helpful:-2%", "--primary", "love,seconds"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output.splitlines()[-1])["primary"] == ["love", "seconds"]
+    assert "helpful: " in output and "9 of other arms (Control)" in output
+    with pytest.raises(SystemExit):
+        main([*arguments, "--guard", "unheard:-2%"])
+    assert "no metric 'unheard' in this log" in capsys.readouterr().err

@@ -121,6 +121,25 @@ def test_a_stock_opening_in_any_language_raises_the_alarm(base_replies: Replies,
     assert "->" in items["opening"]["detail"] and items["phrase"]["z"] > 4
 
 
+@pytest.mark.parametrize(
+    ("opening", "ending", "monitors", "detail"),
+    [
+        ("Absolutely!", "", {"opening", "phrase"}, "'absolutely' at the start"),
+        ("## Answer\n\n", "", {"opening", "phrase"}, "'answer' at the start"),
+        ("", "Cheers!", {"phrase"}, "'cheers' at the end"),
+    ],
+)
+def test_a_stock_word_that_is_set_off_raises_the_alarm(
+    base_replies: Replies, opening: str, ending: str, monitors: set[str], detail: str
+) -> None:
+    base, replies = split_replies(base_replies, 1, 100)
+    rng = np.random.default_rng(2)
+    texts = [f"{opening} {r.text} {ending}".strip() if rng.random() < 0.12 else r.text for r in replies]
+    items = compare_monitors(base, [replace(r, text=text) for r, text in zip(replies, texts, strict=True)])["items"]
+    assert {name for name in ("opening", "phrase") if items[name]["alarm"]} == monitors
+    assert items["phrase"]["detail"].startswith(f"{detail}: ")
+
+
 def test_a_policy_that_says_one_thing_to_everybody_is_similar_across_prompts(base_replies: Replies) -> None:
     base, replies = split_replies(base_replies, 3, 60)
     collapsed = [replace(reply, text="I'm glad you are here, and I wish you a lovely day.") for reply in replies]

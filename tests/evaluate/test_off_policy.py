@@ -138,7 +138,7 @@ def test_a_row_in_two_files_of_a_store_counts_once(tmp_path: Path) -> None:
     pq.write_table(build_records_table(records[:20], FeedbackRecord), tmp_path / "feedback-1.parquet")
     scores = write_scores(tmp_path, {f"r{i}": -3.0 for i in range(40)})
     report = estimate_off_policy(**read_off_policy_log(tmp_path, scores))
-    assert (report.row_count, report.dropped_rows, report.logged_rate) == (40, 0, 0.25)
+    assert (report.row_count, report.dropped_rows, report.logged_rate) == (40, 20, 0.25)
 
 
 @pytest.mark.parametrize(("logged", "target", "name"), [(0.3, -3.0, "response_logprob"), (-3.0, 0.3, "target_logprob")])
@@ -156,7 +156,7 @@ def test_two_scores_of_one_response_are_refused(tmp_path: Path) -> None:
     pq.write_table(build_records_table([make_record("r1", "u", True)], FeedbackRecord), tmp_path / "a.parquet")
     scores = write_scores(tmp_path, {"r1": -3.0})
     scores.write_text(2 * scores.read_text())
-    with pytest.raises(DataError, match="row 2: expected one row for each response, got 'r1'"):
+    with pytest.raises(DataError, match="the id 'r1' has 2 rows; give each response one score"):
         read_off_policy_log(tmp_path, scores)
 
 
@@ -207,3 +207,25 @@ def test_the_command_reads_the_store_and_counts_dropped_rows(
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path)])
     assert "--policy" in capsys.readouterr().err
+
+
+def test_ids_and_reactions_are_read_as_by_the_ab_test(tmp_path: Path) -> None:
+    """Whole numbers as ids, another spelling of love, placeholders for users, and a row that was sent twice."""
+    rows = [
+        {"id": n, "user_id": "anonymous" if n < 2 else n % 10, "reaction": "LOVE" if n % 4 == 0 else None,
+         "response_logprob": -3.0}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[39]]))
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text("".join(json.dumps({"id": n, "target_logprob": -3.0}) + "\n" for n in range(40)))
+    report = estimate_off_policy(**read_off_policy_log(tmp_path / "log.jsonl", scores))
+    assert (report.row_count, report.user_count, report.dropped_rows) == (38, 10, 3)
+    assert report.logged_rate == pytest.approx(9 / 38)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row | {"reaction": "star"}) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"no response has the reaction love, but the log has 'star'; .*--love NAME"):
+        read_off_policy_log(tmp_path / "log.jsonl", scores)
+    assert read_off_policy_log(tmp_path / "log.jsonl", scores, love_names=["star"])["rewards"].all()
+    scores.write_text('{"id": 1, "target_logprob": -3}\n{"id": "1", "target_logprob": -9}\n')
+    with pytest.raises(DataError, match="the id '1' has 2 rows; give each response one score"):
+        read_off_policy_log(tmp_path / "log.jsonl", scores, love_names=["star"])
