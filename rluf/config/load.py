@@ -448,15 +448,17 @@ def _format_validation_error(
     for problem in error.errors(include_url=False):
         dotted_key, rule = _find_rule(problem, sources)
         # A value that may be of two types is a problem of each of them.
-        rules_by_value.setdefault((dotted_key, repr(problem["input"]) if dotted_key else rule), []).append(rule)
+        is_setting = dotted_key in sources
+        rules_by_value.setdefault((dotted_key, repr(problem["input"]) if is_setting else rule), []).append(rule)
     lines = []
     for (dotted_key, value), rules in rules_by_value.items():
         description = fields[dotted_key].description if dotted_key in fields else None
         meaning = f" (meaning: {' '.join(description.split()).rstrip('.')})" if description else ""
         source = sources.get(dotted_key, DEFAULT_SOURCE)
-        lines.append(
-            f"{dotted_key}={value} ({source}): {', or '.join(rules)}; change it{meaning}" if dotted_key else rules[0]
-        )
+        if dotted_key in sources:
+            lines.append(f"{dotted_key}={value} ({source}): {', or '.join(rules)}; change it{meaning}")
+        else:  # a rule between the keys of a section begins with the name of one of them
+            lines.append(f"{dotted_key}.{rules[0]}" if dotted_key else rules[0])
     return lines[0] if len(lines) == 1 else f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
 
 

@@ -47,10 +47,10 @@ def write_model_card(run_folder: Path) -> Path:
     data_card = reward_cards.pop("data", {})
     # The card is published with the weights, so paths of the training machine are removed from it.
     public_sources = [{**source, "file": Path(str(source["file"])).name} for source in data_card.get("sources", [])]
-    public_settings = _hide_places({key: value for key, value in config.items() if key not in PRIVATE_SECTIONS})
+    public_settings = {key: value for key, value in config.items() if key not in PRIVATE_SECTIONS}
     public_data_card = {**data_card, "sources": public_sources}
     for card_name, card_content in {"settings": public_settings, "data": public_data_card, **reward_cards}.items():
-        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", card_content)
+        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", _hide_places(card_content))
     base_model = str(config.get("model", {}).get("path", "unknown"))
     card_data = ModelCardData(
         library_name="transformers",
@@ -85,7 +85,7 @@ def write_model_card(run_folder: Path) -> Path:
 
 
 def _hide_places(value: Any) -> Any:
-    """The settings with file names in place of paths and URLs."""
+    """Settings or a card with file names in place of paths and URLs."""
     if isinstance(value, Mapping):
         return {key: _hide_places(item) for key, item in value.items()}
     if isinstance(value, list):

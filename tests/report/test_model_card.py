@@ -51,8 +51,11 @@ def test_the_card_has_data_rewards_settings_and_results(tmp_path: Path) -> None:
     assert json.loads(card_files["settings.json"])["algorithm"]["steps"] == 5
 
 
-def test_the_settings_of_the_card_have_no_place_of_the_training_machine(tmp_path: Path) -> None:
+def test_settings_and_cards_have_no_place_of_the_training_machine(tmp_path: Path) -> None:
     run_folder = write_run_folder(tmp_path, "/secret/models/base")
+    entry = {"kind": "feedback", "path": "/secret/place/log.jsonl"}
+    write_json(run_folder / "cards" / "data.json", {"sources": [], "entries": [entry]})
+    write_json(run_folder / "cards" / "love.json", {"previous": {"folder": "/secret/cache/love"}})
     config = json.loads((run_folder / "config.json").read_text("utf-8"))
     config["data"] = {
         "feedback": ["/secret/log.jsonl", {"reader": "kto", "path": "/secret/with space/kto.jsonl"}],
@@ -64,9 +67,11 @@ def test_the_settings_of_the_card_have_no_place_of_the_training_machine(tmp_path
     config["model"]["system_prompt"] = "/no_think Answer in km/h"
     write_json(run_folder / "config.json", config)
     write_model_card(run_folder)
-    text = (tmp_path / "policy" / "rluf" / "settings.json").read_text("utf-8")
-    settings = json.loads(text)
-    assert "secret" not in text
+    texts = {path.stem: path.read_text("utf-8") for path in (tmp_path / "policy" / "rluf").iterdir()}
+    settings = json.loads(texts["settings"])
+    assert "secret" not in "".join(texts.values())
+    assert json.loads(texts["data"])["entries"] == [{"kind": "feedback", "path": "log.jsonl"}]
+    assert json.loads(texts["love"]) == {"previous": {"folder": "love"}}
     assert settings["data"] == {
         "feedback": ["log.jsonl", {"reader": "kto", "path": "kto.jsonl"}],
         "prompts": ["prompts.jsonl", "prompts.parquet", "https", "owner/prompts"],
