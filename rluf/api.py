@@ -34,7 +34,7 @@ from rluf.errors import DataError, SettingsError
 from rluf.objectives.reward_function import build_reward_function
 from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
 from rluf.utils.files import atomic_write, read_json, read_jsonl
-from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.paths import resolve_cache_folder, suggest_run_folder
 from rluf.utils.plugins import check_signature
 
 Rows = Iterable[Any]
@@ -63,7 +63,10 @@ class Report:
         """Content of summary.json: the comparison of policies, the monitors and the gates."""
         summary = read_json(self.folder / "summary.json")
         if "gates" not in summary:
-            raise DataError(f"{self.folder} has no summary.json with gates; name the folder of a finished run")
+            raise DataError(
+                f"{self.folder} has no summary.json with gates; name the folder of a finished run"
+                f"{suggest_run_folder(self.folder)}"
+            )
         return summary
 
     @property

@@ -49,6 +49,8 @@ class CommandParser(argparse.ArgumentParser):
             message += self._suggest_option(unknown_option)
         if re.search(r"invalid \w+ value: '[^']*,", message):
             message += "; separate the values by spaces"
+        if "ignored explicit argument" in message:
+            message += "; the option takes no value"
         _exit_with_message(f"error: {message}; see {self.prog} --help", SettingsError.exit_code)
 
     def _suggest_option(self, unknown_option: str) -> str:

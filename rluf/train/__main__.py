@@ -129,9 +129,16 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(
-    _add_options, lambda options: ["run.resume=latest"] if options.resume else [], check_run
-)
+def _list_overrides(options: argparse.Namespace) -> list[str]:
+    folders = [word for word in options.overrides if "=" not in word]
+    if options.resume and folders:
+        raise SettingsError(
+            f"--resume takes no folder; to resume another run than the newest, write run.resume={folders[0]}"
+        )
+    return ["run.resume=latest"] if options.resume else []
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, _list_overrides, check_run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
