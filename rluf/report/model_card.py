@@ -29,6 +29,8 @@ PRIVATE_SECTIONS = ("run", "cluster")
 """Sections of the settings that stay out of the card: they have paths and host names of the training machines."""
 PLACE_PATTERN = re.compile(r"(pickle:)?(/|~|\.\.?(?=/))[^/\s]*/.*|(?!hf:)[a-z][a-z0-9+.-]*://.*", re.DOTALL)
 """Paths outside the working directory, and URLs that need not be public; in the card only their file names are."""
+CONNECTION_KEY = "options"
+"""Key of an entry of data with the host, user and database of a connection."""
 
 
 def read_code_version() -> str:
@@ -87,7 +89,7 @@ def write_model_card(run_folder: Path) -> Path:
 def _hide_places(value: Any) -> Any:
     """Settings or a card with file names in place of paths and URLs."""
     if isinstance(value, Mapping):
-        return {key: _hide_places(item) for key, item in value.items()}
+        return {key: _hide_places(item) for key, item in value.items() if key != CONNECTION_KEY}
     if isinstance(value, list):
         return [_hide_places(item) for item in value]
     if not isinstance(value, str) or not PLACE_PATTERN.fullmatch(value):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rluf.errors import SettingsError
+from rluf.errors import RlufError, SettingsError
 
 IMPORT_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, OSError,
@@ -71,10 +71,28 @@ def _find_place(error: Exception) -> str:
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno))
-    frames = [frame for frame in frames if frame[0] not in (__file__, importlib.__file__) and frame[0][0] != "<"]
+    own_places = (f"{Path(__file__).parents[1]}{os.sep}", importlib.__file__, "<")
+    frames = [frame for frame in frames if not frame[0].startswith(own_places)]
     # The module's own line, and the line that failed, which may be in a module that it imports.
     places = [f"{Path(path).name}, line {line}" for path, line in dict.fromkeys((*frames[:1], *frames[-1:]))]
     return " > ".join(places)
+
+
+class PluginErrors:
+    """Block in which a plug-in is called: its exception becomes a SettingsError with `label`, its file and line."""
+
+    def __init__(self, label: str) -> None:
+        """`label` is what was called, such as judge 'mine:brief'."""
+        self._label = label
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
+        """Raise the SettingsError; what the user need not correct (RlufError, Ctrl-C) passes."""
+        if isinstance(error, Exception) and not isinstance(error, RlufError):
+            place = f" in {place}" if (place := _find_place(error)) else ""
+            raise SettingsError(f"{self._label} failed with {type(error).__name__}{place}: {error}") from error
 
 
 def check_signature(function: Any, label: str, signature: str, argument_count: int) -> None:

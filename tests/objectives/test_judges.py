@@ -89,6 +89,18 @@ def test_an_async_judge_is_refused_before_anything_is_trained() -> None:
         load_judge(f"{__name__}:judge_later")
 
 
+def read_a_missing_key(messages: list[Message], response: str) -> bool:
+    return messages[-1]["text"] in response  # type: ignore[typeddict-item]
+
+
+def test_a_judge_that_fails_is_named_with_its_line() -> None:
+    judge = load_judge(f"{__name__}:read_a_missing_key")
+    with pytest.raises(
+        SettingsError, match=r"read_a_missing_key' failed with KeyError in test_judges\.py, line \d+: 'text'"
+    ):
+        judge(ask_question("Hi"), "Hello!")
+
+
 def return_number(messages: list[Message], response: str) -> object:
     return len(response) > 1 and np.bool_(response == "ok")
 

@@ -60,6 +60,9 @@ def test_settings_and_cards_have_no_place_of_the_training_machine(tmp_path: Path
     config["data"] = {
         "feedback": ["/secret/log.jsonl", {"reader": "kto", "path": "/secret/with space/kto.jsonl"}],
         "prompts": ["~/secret/prompts.jsonl", "s3://secret/prompts.parquet", "https://secret/", "owner/prompts"],
+        "preferences": [
+            {"source": "sql", "path": "SELECT * FROM pairs", "options": {"host": "secret", "user": "secret"}}
+        ],
         "labels": {"warmth": ["../secret/warmth.csv", "sample:safety", "hf://datasets/owner/name", "logs/w.jsonl"]},
     }
     config["objectives"]["brevity"] = {"source": "function", "path": "pickle:/secret/functions/0a.pkl", "weight": 1}
@@ -75,6 +78,7 @@ def test_settings_and_cards_have_no_place_of_the_training_machine(tmp_path: Path
     assert settings["data"] == {
         "feedback": ["log.jsonl", {"reader": "kto", "path": "kto.jsonl"}],
         "prompts": ["prompts.jsonl", "prompts.parquet", "https", "owner/prompts"],
+        "preferences": [{"source": "sql", "path": "SELECT * FROM pairs"}],
         "labels": {"warmth": ["warmth.csv", "sample:safety", "hf://datasets/owner/name", "logs/w.jsonl"]},
     }
     assert settings["model"] == {"path": "base", "system_prompt": "/no_think Answer in km/h"}
