@@ -136,3 +136,16 @@ def test_the_folder_above_the_runs_gets_the_name_of_the_newest_one(
     assert exit_info.value.code == 3 and lines[-1].endswith(f"; did you mean {tmp_path / 'latest'}?")
     with pytest.raises(DataError, match=r"did you mean .*latest\?"):
         _ = rluf.Report(tmp_path).verdict
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_an_earlier_log_that_is_missing_is_refused_before_ray_starts(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.connect.ray_connection", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["simulate", "rescore", "--log", str(tmp_path), "--config", "tiny", *flags])
+    assert exit_info.value.code == 3
+    assert capsys.readouterr().err.endswith(
+        f"error: {tmp_path} has no feedback.jsonl.gz; give the folder of a simulated log\n"
+    )

@@ -15,10 +15,12 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.config.cli import CommandOptions, CommandParser, parse_command_line, run_command
+from rluf.errors import DataError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -130,9 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args, argument_list = parser.parse_known_args(argument_list[1:])
         if args.responses is not None and args.responses < 2:
             parser.error(f"argument --responses: expected 2 or more, got {args.responses}")
-    settings = parse_command_line("simulate", __doc__ or "", argument_list, COMMAND_OPTIONS).settings
+
+    def check_inputs(settings: Settings) -> None:
+        _check_settings(settings)
+        if args.log is not None and not (args.log / "feedback.jsonl.gz").is_file():
+            raise DataError(f"{args.log} has no feedback.jsonl.gz; give the folder of a simulated log")
+
+    options = replace(COMMAND_OPTIONS, check=check_inputs)
+    settings = parse_command_line("simulate", __doc__ or "", argument_list, options).settings
 
     def run() -> None:
+        check_inputs(settings)  # before Ray starts
         from cluster.connect import ray_connection
         from rluf.tracking.console import setup_logging
         from rluf.utils.paths import resolve_runs_root
