@@ -52,7 +52,7 @@ def write_model_card(run_folder: Path) -> Path:
     public_settings = {key: value for key, value in config.items() if key not in PRIVATE_SECTIONS}
     public_data_card = {**data_card, "sources": public_sources}
     for card_name, card_content in {"settings": public_settings, "data": public_data_card, **reward_cards}.items():
-        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", _hide_places(card_content))
+        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", _remove_places(card_content))
     base_model = str(config.get("model", {}).get("path", "unknown"))
     card_data = ModelCardData(
         library_name="transformers",
@@ -86,12 +86,12 @@ def write_model_card(run_folder: Path) -> Path:
     return readme_path
 
 
-def _hide_places(value: Any) -> Any:
+def _remove_places(value: Any) -> Any:
     """Settings or a card with file names in place of paths and URLs."""
     if isinstance(value, Mapping):
-        return {key: _hide_places(item) for key, item in value.items() if key != CONNECTION_KEY}
+        return {key: _remove_places(item) for key, item in value.items() if key != CONNECTION_KEY}
     if isinstance(value, list):
-        return [_hide_places(item) for item in value]
+        return [_remove_places(item) for item in value]
     if not isinstance(value, str) or not PLACE_PATTERN.fullmatch(value):
         return value
     path = urlsplit(value).path if "://" in value else value
