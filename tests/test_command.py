@@ -48,7 +48,7 @@ def test_an_unknown_command_is_one_message(name: str, hint: str, capsys: pytest.
         (["train", "algorithm.steps", "3"], "'algorithm.steps' is not an override"),
         (
             ["train", "--resume", "runs/x"],
-            "--resume takes no folder; to resume another run than the newest, write run.res",
+            "--resume takes no folder; write run.resume=runs/x to resume another run",
         ),
         (["train", "--resume=runs/x"], "ignored explicit argument 'runs/x'; the option takes no value"),
         (["evaluate", "gaet"], "'gaet' is neither a sub-command (offline, blind, gate, "),

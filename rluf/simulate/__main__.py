@@ -16,11 +16,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.config.cli import CommandOptions, CommandParser, parse_command_line, run_command
-from rluf.errors import DataError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -108,13 +108,7 @@ async def generate_responses(
     return responses_by_prompt
 
 
-def _check_settings(settings: Settings) -> None:
-    from rluf.models.hub import find_model_folder
-
-    find_model_folder(settings.model.path)
-
-
-COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings, subcommands=("rescore", "judge"))
+COMMAND_OPTIONS = CommandOptions(lambda _: None, subcommands=("rescore", "judge"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,17 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args, argument_list = parser.parse_known_args(argument_list[1:])
         if args.responses is not None and args.responses < 2:
             parser.error(f"argument --responses: expected 2 or more, got {args.responses}")
-
-    def check_inputs(settings: Settings) -> None:
-        _check_settings(settings)
-        if args.log is not None and not (args.log / "feedback.jsonl.gz").is_file():
-            raise DataError(f"{args.log} has no feedback.jsonl.gz; give the folder of a simulated log")
-
-    options = replace(COMMAND_OPTIONS, check=check_inputs)
+    options = replace(
+        COMMAND_OPTIONS, check=lambda s: import_module("rluf.simulate.pipeline").check_simulation(s, args.log)
+    )
     settings = parse_command_line("simulate", __doc__ or "", argument_list, options).settings
 
     def run() -> None:
-        check_inputs(settings)  # before Ray starts
+        options.check(settings)  # before Ray starts
         from cluster.connect import ray_connection
         from rluf.tracking.console import setup_logging
         from rluf.utils.paths import resolve_runs_root
