@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,15 +34,17 @@ from rluf.errors import DataError, SettingsError
 from rluf.objectives.reward_function import build_reward_function
 from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
 from rluf.utils.files import atomic_write, read_json, read_jsonl
-from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.paths import resolve_cache_folder, suggest_run_folder
 from rluf.utils.plugins import check_signature
 
 Rows = Iterable[Any]
 """Rows in memory: dicts or records, a `datasets.Dataset`, a table of pandas, polars or Arrow."""
 RewardFunctions = Mapping[str, Callable[..., Any] | str] | Sequence[Callable[..., Any]] | Callable[..., Any]
 """Functions, or module:function, by objective; functions alone are objectives of their own names."""
-PENDING_FUNCTION = "pending:function"
-"""Path of a function that is not stored yet, because the settings that are loaded first say where the cache is."""
+PENDING_FUNCTION, PENDING_ROWS = "pending:function", "pending"
+"""Paths of what is not stored yet, because the settings that are loaded first say where the cache is."""
+DATA_FILE_PATTERN = re.compile(r"\S+\.(jsonl|json|parquet|csv|tsv|arrow)(\.(gz|zst))?")
+"""A text that is the name of a file of data, and no prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,10 @@ class Report:
         """Content of summary.json: the comparison of policies, the monitors and the gates."""
         summary = read_json(self.folder / "summary.json")
         if "gates" not in summary:
-            raise DataError(f"{self.folder} has no summary.json with gates; name the folder of a finished run")
+            raise DataError(
+                f"{self.folder} has no summary.json with gates; name the folder of a finished run"
+                f"{suggest_run_folder(self.folder)}"
+            )
         return summary
 
     @property
@@ -122,14 +128,13 @@ def load_settings(
     for tracker in tracker_list:
         if not isinstance(tracker, str):
             check_signature(tracker, "trackers", TRACKER_SIGNATURE, 2)
-    plugin_texts = [
-        text
-        for name in functions
-        for text in (f"objectives.{name}.source=function", f"objectives.{name}.path={PENDING_FUNCTION}")
-    ]
-    loaded = load.load_settings(config_path, [*texts, *plugin_texts])
+    rows_by_kind = _check_mapping(rows, "rows", '{"prompts": rows}')
+    pending_texts = [f"data.{kind}=[{PENDING_ROWS}]" for kind in rows_by_kind]
+    for name in functions:
+        pending_texts += [f"objectives.{name}.source=function", f"objectives.{name}.path={PENDING_FUNCTION}"]
+    loaded = load.load_settings(config_path, [*texts, *pending_texts])
     cache_folder = resolve_cache_folder(loaded.settings)
-    for kind, kind_rows in _check_mapping(rows, "rows", '{"prompts": rows}').items():
+    for kind, kind_rows in rows_by_kind.items():
         texts.append(f"data.{kind}={_to_yaml([_write_rows(kind, kind_rows, cache_folder)], kind)}")
     for name, function in functions.items():
         if name not in BUILTIN_OBJECTIVES and loaded.sources[f"objectives.{name}.weight"] == load.DEFAULT_SOURCE:
@@ -210,7 +215,8 @@ def _list_overrides(overrides: Any) -> list[str]:
     """Overrides as key=value texts."""
     if isinstance(overrides, Mapping):
         return [f"{key}={_to_yaml(value, key)}" for key, value in overrides.items()]
-    texts = [overrides] if isinstance(overrides, str) else list(overrides or ())
+    is_one = isinstance(overrides, str) or not isinstance(overrides, Iterable | None)
+    texts = [overrides] if is_one else list(overrides or ())
     for text in texts:
         if not isinstance(text, str):
             raise SettingsError(f'expected key=value texts or a mapping {{"seed": 3}}, got {_describe(text)}')
@@ -237,6 +243,8 @@ def _write_rows(kind: str, rows: Any, cache_folder: Path) -> str:
     lines = []
     for index, row in enumerate(rows):
         try:
+            if isinstance(row, str) and DATA_FILE_PATTERN.fullmatch(row):
+                raise TypeError(f"{row!r} is a file; name one in place of the rows, several in data.{kind}")
             content = _to_json({"prompt": row} if kind == "prompts" and isinstance(row, str) else row)
             if not isinstance(content, dict):
                 raise TypeError(f"expected a dict, got {_describe(row)}")

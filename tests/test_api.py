@@ -71,6 +71,8 @@ def test_overrides_have_several_forms(overrides: Any, steps: int) -> None:
         (("nope",), "shipped configurations: human, .*, tiny"),
         (("tiny", [("seed", 3)]), "expected key=value texts or a mapping"),
         (("tiny", [{"seed": 3}]), "expected key=value texts or a mapping"),
+        (("tiny", 5), "expected key=value texts or a mapping {.*}, got int '5'"),
+        (("tiny", True), "expected key=value texts or a mapping {.*}, got bool 'True'"),
         (("tiny", {"evaluate.monitors": {"a:b"}}), "evaluate.monitors: set .* is not a JSON value"),
         (("tiny", {"objectives.love.path": len}), "objectives.love.path: builtin_function_or_method"),
         (("tiny", {"algorithm.kl_target": float("nan")}), "algorithm.kl_target='NaN'"),
@@ -143,6 +145,8 @@ def test_values_of_data_frames_become_json(value: Any, expected: object) -> None
         ([], "has no rows; a generator can be read only once"),
         (None, "expected rows .* got NoneType"),
         ([{"prompt": b"a"}], "row 1: bytes"),
+        (["a.jsonl", "b.jsonl"], r"row 1: 'a.jsonl' is a file; name one in place of the rows, several in data.prompts"),
+        (["logs/prompts.parquet"], "row 1: 'logs/prompts.parquet' is a file"),
         ([{"prompt": {"a"}}], "row 1: set"),
         ([{"prompt": "\ud800"}], "row 1: .*surrogates not allowed"),
     ],
@@ -157,6 +161,16 @@ def test_a_prompt_may_be_a_text_and_a_row_of_feedback_may_not() -> None:
     assert Path(str(path)).read_text() == '{"prompt": "Why?"}\n{"prompt": "How?"}\n'
     with pytest.raises(DataError, match=r"row 1: expected a dict, got str 'Why\?"):
         rluf.load_settings("tiny", rows={"feedback": ["Why?"]})
+
+
+def test_rows_may_be_the_labels_of_an_objective_of_ones_own() -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}], "response": "Hello!", "label": 1}
+    weight = {"objectives.warmth.weight": 0.1}
+    settings = rluf.load_settings("tiny", weight, rows={"labels.warmth": [row], "prompts": ["See README.md please"]})
+    (path,) = settings.data.labels["warmth"]
+    assert json.loads(Path(str(path)).read_text()) == row
+    with pytest.raises(SettingsError, match=r"'warmth', which is not an objective; .* by objectives\.warmth\.weight"):
+        rluf.load_settings("tiny", rows={"labels.warmth": [row]})
 
 
 def test_a_row_may_be_a_feedback_record() -> None:

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+import rluf
 from rluf.__main__ import COMMANDS, main
+from rluf.errors import DataError
 
 
 def test_each_command_is_listed_and_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +46,11 @@ def test_an_unknown_command_is_one_message(name: str, hint: str, capsys: pytest.
         (["sweep", "--dry-run", "learner.learning_rate=1e-6,1e-5"], "are --grid learner.learning_rate=1e-6,1e-5"),
         (["train", "algorithm.topic_weights=risky"], "must be a mapping, such as {a: 1}"),
         (["train", "algorithm.steps", "3"], "'algorithm.steps' is not an override"),
+        (
+            ["train", "--resume", "runs/x"],
+            "--resume takes no folder; write run.resume=runs/x to resume another run",
+        ),
+        (["train", "--resume=runs/x"], "ignored explicit argument 'runs/x'; the option takes no value"),
         (["evaluate", "gaet"], "'gaet' is neither a sub-command (offline, blind, gate, "),
         (["simulate", "rescor"], "'rescor' is neither a sub-command (rescore, judge) nor key=value"),
     ],
@@ -107,3 +114,38 @@ def test_a_wrong_option_of_any_command_is_one_line(
         main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert exit_info.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report"],
+        ["report", "--push-to-hub", "owner/name"],
+        ["evaluate", "gate"],
+        ["evaluate", "blind"],
+        ["evaluate", "rescore", "--model", "tiny-encoder"],
+    ],
+)
+def test_the_folder_above_the_runs_gets_the_name_of_the_newest_one(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(SystemExit) as exit_info:
+        main([*arguments, str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 3 and lines[-1].endswith(f"; did you mean {tmp_path / 'latest'}?")
+    with pytest.raises(DataError, match=r"did you mean .*latest\?"):
+        _ = rluf.Report(tmp_path).verdict
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_an_earlier_log_that_is_missing_is_refused_before_ray_starts(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.connect.ray_connection", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["simulate", "rescore", "--log", str(tmp_path), "--config", "tiny", *flags])
+    assert exit_info.value.code == 3
+    assert capsys.readouterr().err.endswith(
+        f"error: {tmp_path} has no feedback.jsonl.gz; give the folder of a simulated log\n"
+    )

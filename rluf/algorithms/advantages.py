@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rluf.errors import SettingsError
-from rluf.utils.plugins import load_plugin
+from rluf.utils.plugins import PluginErrors, load_plugin
 
 MAX_KL_PER_TOKEN = 0.2
 """KL to the reference policy in nats, per token of the longest response, above which CGPO gives no reward."""
@@ -401,7 +401,8 @@ def find_advantage_estimator(name: str) -> AdvantageEstimator:
     )
 
     def check_advantages(inputs: AdvantageInputs) -> Advantages:
-        result = estimator(inputs)
+        with PluginErrors(f"advantage estimator {name!r}"):
+            result = estimator(inputs)
         counts = [len(rewards) for rewards in inputs.rewards]
         # Rows of other lengths would give responses the advantages of others, and NaN would blame the prompts.
         try:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,10 @@ class CommandParser(argparse.ArgumentParser):
         unknown_option = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown_option != message.split()[0] and unknown_option.startswith("-"):
             message += self._suggest_option(unknown_option)
+        if re.search(r"invalid \w+ value: '[^']*,", message):
+            message += "; separate the values by spaces"
+        if "ignored explicit argument" in message:
+            message += "; the option takes no value"
         _exit_with_message(f"error: {message}; see {self.prog} --help", SettingsError.exit_code)
 
     def _suggest_option(self, unknown_option: str) -> str:

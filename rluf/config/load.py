@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -72,9 +73,13 @@ class _SettingsDraft:
         target = self.tree
         for name in setting_key.split("."):
             target = target[name]
+        owner = setting_key
         *parents, item = dotted_key.removeprefix(f"{setting_key}.").split(".")
         for name in parents:
-            target = target.setdefault(name, {})
+            if isinstance(target, dict):
+                owner, target = f"{owner}.{name}", target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise SettingsError(f"unknown setting {dotted_key} ({OVERRIDE_SOURCE}): {owner} is a value, not a section")
         target[item] = value
         self.sources[setting_key] = OVERRIDE_SOURCE
 
@@ -190,7 +195,11 @@ def _find_further_objectives(trees: Iterable[tuple[Mapping[Any, Any], str]]) -> 
         section = values.get("objectives")
         for name, value in section.items() if isinstance(section, Mapping) else ():
             is_old_key = bool(describe_old_keys({"objectives": {name: value}}))
-            if name in BUILTIN_OBJECTIVES or is_old_key or not isinstance(value, Mapping):
+            # objectives.weight=1 lacks the name of an objective, which the error of unknown keys suggests.
+            is_field = not isinstance(value, Mapping) and difflib.get_close_matches(
+                str(name), ObjectiveSettings.model_fields, 1
+            )
+            if name in BUILTIN_OBJECTIVES or is_old_key or is_field:
                 continue
             problem = describe_unusable_name(str(name))
             if problem is not None:
@@ -212,10 +221,19 @@ class _StrictYamlLoader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys, reads 1e-5 as a number, and keeps off, yes and dates as plain text."""
 
 
+_YAML_MARKS = tuple("*&!|>%@`")
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
 def _construct_unique_mapping(loader: _StrictYamlLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     names: set[object] = set()
     for key, _ in node.value:
-        name = loader.construct_object(key)
+        if key.tag == _MERGE_TAG:  # its keys may be set again, which is what it is for
+            continue
+        name = loader.construct_object(key, deep=True)
+        if not isinstance(name, Hashable):
+            problem = f"the key {name!r} is no text; write {{{{ and }}}} of a template in quotes, or fill it in before"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         if name in names:
             raise yaml.constructor.ConstructorError(None, None, f"{name!r} is set twice", key.start_mark)
         names.add(name)
@@ -240,11 +258,13 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML and expand ${VAR} and ${VAR:-default} in its strings. `source` is named in error messages."""
     try:
         return _expand_variables(yaml.load(text, _StrictYamlLoader), source)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         location = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise SettingsError(f"{source}{location} is not valid YAML: {problem}; fix that line") from None
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+        hint = "indent with spaces, and put text with special characters in quotes"
+        fix = f"fix that line: {hint}" if isinstance(error, yaml.scanner.ScannerError) else "fix that line"
+        raise SettingsError(f"{source}{location} is not valid YAML: {problem}; {fix}") from None
 
 
 def _expand_variables(value: Any, source: str) -> Any:
@@ -280,6 +300,7 @@ def _expand_variables(value: Any, source: str) -> Any:
 
 def _find_config(path: Path, folder: Path = Path()) -> Path:
     """`path` in `folder`, else the shipped file: tiny, tiny.yaml and configs/tiny.yaml are the same one."""
+    path = path.expanduser()
     local_path = folder / path
     if local_path.is_file():
         return local_path
@@ -329,9 +350,14 @@ def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterat
     values = parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: expected a mapping, got {type(values).__name__}; write `key: value` lines")
-    extends = values.pop("extends", [])
-    for base in [extends] if isinstance(extends, str) else extends:
-        yield from _load_extends_chain(_find_config(Path(str(base)), path.parent), (*extending_paths, path.resolve()))
+    extends = values.pop("extends", None) or []
+    bases = [extends] if isinstance(extends, str) else extends
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise SettingsError(
+            f"{path}: extends={extends!r} must be a file, the name of a configuration, or a list of them"
+        )
+    for base in bases:
+        yield from _load_extends_chain(_find_config(Path(base), path.parent), (*extending_paths, path.resolve()))
     yield path, values
 
 
@@ -341,6 +367,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
         shipped_path = _find_config(Path(text.strip() or "."))
         hint = f"; for this configuration write --config {text}" if shipped_path.is_file() else ""
         raise SettingsError(f"{text!r} is not an override; write key=value, such as algorithm.steps=20{hint}")
+    # What these begin in YAML (aliases, tags, blocks) has no use in one value, and a path such as *.jsonl has.
+    value = json.dumps(value.strip()) if value.strip().startswith(_YAML_MARKS) else value
     return key.strip(), parse_yaml(value, f"override {text}")
 
 
@@ -364,15 +392,31 @@ def _check_keys(values: Mapping[Any, Any], source: str, known_keys: frozenset[st
 def _check_known(values: Mapping[Any, Any], source: str, known_keys: frozenset[str], prefix: str) -> None:
     for key, value in values.items():
         dotted_key = f"{prefix}{key}"
+        if "." in str(key):
+            nested = str(_nest_value(str(key), "...")).replace("'", "")[1:-1]
+            raise SettingsError(
+                f"{dotted_key} ({source}): write the sections of a key one in the other, as in {nested}"
+            )
         if dotted_key in known_keys:
             continue
         if not any(known_key.startswith(f"{dotted_key}.") for known_key in known_keys):
             while isinstance(value, Mapping) and value:
                 key, value = next(iter(value.items()))
                 dotted_key += f".{key}"
-            raise SettingsError(f"unknown setting {dotted_key} ({source}); {suggest_key(dotted_key, known_keys)}")
+            raise SettingsError(f"unknown setting {dotted_key} ({source}); {_suggest_fix(dotted_key, known_keys)}")
         if isinstance(value, Mapping):
             _check_known(value, source, known_keys, f"{dotted_key}.")
+
+
+def _suggest_fix(unknown_key: str, known_keys: frozenset[str]) -> str:
+    section, _, rest = unknown_key.partition(".")
+    objective, _, name = rest.partition(".")
+    hint = suggest_key(unknown_key, known_keys)
+    if unknown_key in ("config", "extend", "extends"):
+        return "extend another file by `extends: FILE` in a file, or name it by --config FILE"
+    if section == "reward" and name in RewardModelSettings.model_fields and not hint.endswith(f".{objective}?"):
+        return f"{hint.rstrip('?')}, or is {objective} an objective of your own? Then add objectives.{objective}"
+    return hint
 
 
 def suggest_key(unknown_key: str, known_keys: frozenset[str] | None = None) -> str:
@@ -400,27 +444,39 @@ def _format_validation_error(
     error: ValidationError, sources: Mapping[str, str], fields: Mapping[str, FieldInfo]
 ) -> str:
     """One message for all invalid values: dotted key, value, source, and the rule."""
-    lines = [_format_problem(problem, sources, fields) for problem in error.errors(include_url=False)]
+    rules_by_value: dict[tuple[str, str], list[str]] = {}
+    for problem in error.errors(include_url=False):
+        dotted_key, rule = _find_rule(problem, sources)
+        # A value that may be of two types is a problem of each of them.
+        is_setting = dotted_key in sources
+        rules_by_value.setdefault((dotted_key, repr(problem["input"]) if is_setting else rule), []).append(rule)
+    lines = []
+    for (dotted_key, value), rules in rules_by_value.items():
+        description = fields[dotted_key].description if dotted_key in fields else None
+        meaning = f" (meaning: {' '.join(description.split()).rstrip('.')})" if description else ""
+        source = sources.get(dotted_key, DEFAULT_SOURCE)
+        if dotted_key in sources:
+            lines.append(f"{dotted_key}={value} ({source}): {', or '.join(rules)}; change it{meaning}")
+        else:  # a rule between the keys of a section begins with the name of one of them
+            lines.append(f"{dotted_key}.{rules[0]}" if dotted_key else rules[0])
     return lines[0] if len(lines) == 1 else f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
 
 
-def _format_problem(problem: ErrorDetails, sources: Mapping[str, str], fields: Mapping[str, FieldInfo]) -> str:
-    message = problem["msg"].removeprefix("Value error, ")
+def _find_rule(problem: ErrorDetails, sources: Mapping[str, str]) -> tuple[str, str]:
+    """Dotted key of a problem, empty for one of several keys, and the rule that its value breaks."""
     location = [str(item) for item in problem["loc"]]
-    if not location:
-        return message
     # pydantic appends the index in a list, the key in a mapping, or the branch of a union; settings keys end before it.
     while len(location) > 1 and ".".join(location) not in sources:
         location.pop()
-    dotted_key = ".".join(location)
     rule = (
-        message.replace("Input should be", "must be")
+        problem["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should be", "must be")
         .replace("String should", "must")
+        .replace("Tuple should", "must")
+        .replace("Field required", "an item is missing")
         .replace(", unable to", "; could not")
         .replace("a valid tuple", "a list, such as [a, b]")
         .replace("a valid dictionary", "a mapping, such as {a: 1}")
     )
-    description = fields[dotted_key].description if dotted_key in fields else None
-    return f"{dotted_key}={problem['input']!r} ({sources.get(dotted_key, DEFAULT_SOURCE)}): {rule}; change it" + (
-        f" (meaning: {' '.join(description.split()).rstrip('.')})" if description else ""
-    )
+    return ".".join(location), rule

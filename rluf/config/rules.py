@@ -76,7 +76,10 @@ def check_objective_names(settings: SettingsTree) -> str | None:
         known_names = [*objectives, *(REACTION_HEADS if key == "reward.shared_backbone_heads" else ())]
         for name in names:
             if name not in known_names:
-                return f"{key} names {name!r}, which is not an objective; set it to {', '.join(known_names)}"
+                return (
+                    f"{key} names {name!r}, which is not an objective; set it to {', '.join(known_names)}, or add an "
+                    f"objective of your own by objectives.{name}.weight"
+                )
     for name in (*settings.reward.objectives, *settings.reward.shared_backbone_heads):
         is_labeled = name in (*BUILTIN_OBJECTIVES, *REACTION_HEADS) or settings.data.labels.get(name)
         if not is_labeled:

@@ -29,6 +29,7 @@ from rluf.tracking.run_files import read_answers
 from rluf.types import ALIGNED_ARM, ANSWERS_FILE, BASE_ARM, PolicyAnswer
 from rluf.utils.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
 from rluf.utils.hashing import hash64
+from rluf.utils.paths import suggest_run_folder
 
 DEFAULT_PAIR_COUNT = 40
 KEY_FILE = "blind-key.jsonl"
@@ -73,7 +74,10 @@ def write_blind_page(run_folder: Path, pair_count: int, seed: int) -> Path:
     """Write page and pairs into RUN/blind and the key next to it; returns the page."""
     answers = read_answers(run_folder)
     if not answers:
-        raise DataError(f"{run_folder} has no {ANSWERS_FILE}; name a run folder of rluf.train or rluf.evaluate")
+        raise DataError(
+            f"{run_folder} has no {ANSWERS_FILE}; name a run folder of rluf.train or rluf.evaluate"
+            f"{suggest_run_folder(run_folder)}"
+        )
     pairs, key = build_pairs(answers, pair_count, seed)
     write_jsonl(run_folder / "blind" / "pairs.jsonl", pairs)
     write_jsonl(run_folder / KEY_FILE, key)

@@ -20,6 +20,7 @@ from rluf.errors import DataError
 from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
 from rluf.types import BASE_ARM
 from rluf.utils.files import read_json
+from rluf.utils.paths import suggest_run_folder
 
 GateStatus = Literal["pass", "undecided", "fail"]
 
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if gates.get("verdict") not in GATE_EXIT_CODES:
             raise DataError(
                 f"{folder / 'summary.json'} has no verdict of pass, undecided or fail; name a run folder that "
-                "rluf.train or rluf.evaluate of this release wrote"
+                f"rluf.train or rluf.evaluate of this release wrote{suggest_run_folder(folder)}"
             )
         sys.stdout.write("".join(f"{line}\n" for line in (gates["verdict"], *gates["reasons"])))
         verdicts.append(gates["verdict"])

@@ -34,7 +34,7 @@ from rluf.evaluate.permutation import PermutationTest, sum_rows
 from rluf.models.chat import CONTROL_STRING_PATTERN
 from rluf.objectives import judges
 from rluf.types import Message, Sample
-from rluf.utils.plugins import load_plugin
+from rluf.utils.plugins import PluginErrors, load_plugin
 from rluf.utils.stats import Bools, Floats
 
 FALSE_ALARM_RATE = 0.01
@@ -336,7 +336,8 @@ def measure_monitors(samples: Sequence[MonitorSample]) -> dict[str, NDArray[np.f
     """
     columns = {}
     for name, monitor in MONITORS.items():
-        values: list[Any] = [monitor.measure(sample) for sample in samples]
+        with PluginErrors(f"monitor {name!r}"):
+            values: list[Any] = [monitor.measure(sample) for sample in samples]
         # numpy would read None, a forgotten return, as a missing value, and texts as numbers.
         for value in values:
             if not isinstance(value, Real | np.bool_) or math.isinf(value):

@@ -25,6 +25,7 @@ from rluf.evaluate.two_way import ArmValues, compare_arms
 from rluf.tracking.run_files import read_answers
 from rluf.types import ANSWERS_FILE, PolicyAnswer, ScoringItem
 from rluf.utils.files import write_json
+from rluf.utils.paths import suggest_run_folder
 
 if TYPE_CHECKING:
     from rluf.reward.model import RewardModel
@@ -49,7 +50,10 @@ def rescore_run(run_folder: Path, model_folders: Sequence[Path]) -> list[dict[st
     setup_logging()
     answers = read_answers(run_folder)
     if not answers:
-        raise DataError(f"{run_folder} has no {ANSWERS_FILE}; name a run folder of rluf.train or rluf.evaluate")
+        raise DataError(
+            f"{run_folder} has no {ANSWERS_FILE}; name a run folder of rluf.train or rluf.evaluate"
+            f"{suggest_run_folder(run_folder)}"
+        )
     for folder in model_folders:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; give a reward model folder written by rluf.reward")

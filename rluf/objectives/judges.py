@@ -14,7 +14,7 @@ from dataclasses import replace
 from rluf.errors import SettingsError
 from rluf.objectives.reward_function import build_function_scorer
 from rluf.types import Group, GroupInfo, Message, Score, ScoringItem
-from rluf.utils.plugins import load_plugin
+from rluf.utils.plugins import PluginErrors, load_plugin
 
 JudgeFunction = Callable[[Sequence[Message], str], bool]
 
@@ -129,7 +129,8 @@ def load_judge(judge_name: str) -> JudgeFunction:
     )
 
     def check_verdict(messages: Sequence[Message], response: str) -> bool:
-        verdict = judge(messages, response)
+        with PluginErrors(f"judge {judge_name!r}"):
+            verdict = judge(messages, response)
         # A coroutine, a text or a score would count as a pass.
         if verdict not in (True, False):
             raise SettingsError(f"judge {judge_name!r}: expected True or False, got {str(verdict)[:200]!r}")

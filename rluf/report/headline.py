@@ -21,7 +21,9 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     if not checks:
         return "This run has not been evaluated yet."
     has_users = has_user_verdicts(summary)
-    love_check = checks.pop(PRIMARY_OBJECTIVE, None)
+    # Love that only has to hold is one of the other objectives: its gate decides whether it fell, not zero.
+    is_goal = checks.get(PRIMARY_OBJECTIVE, {}).get("gate", "must_rise") == "must_rise"
+    love_check = checks.pop(PRIMARY_OBJECTIVE, None) if is_goal else None
     # What speaks against the policy comes first: a gain that a monitor explains is not one.
     labels = list_alarm_labels(gates)
     clauses = [_format_alarm_clause(labels)] if labels else []

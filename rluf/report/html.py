@@ -14,6 +14,7 @@ from rluf.report.page import render_html_page
 from rluf.tracking import metric_registry
 from rluf.tracking.run_files import read_answers
 from rluf.utils.files import atomic_write, read_json, read_jsonl
+from rluf.utils.paths import suggest_run_folder
 
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -70,7 +71,7 @@ def read_run_files(run_folder: Path) -> presentation.RunFiles:
     if not (run_files.summary or run_files.metrics or run_files.config):
         raise DataError(
             f"{run_folder} has no {SUMMARY_FILE}, {METRICS_FILE} or {CONFIG_FILE}; name a run folder written by "
-            "rluf.train"
+            f"rluf.train{suggest_run_folder(run_folder)}"
         )
     return run_files
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import HUB_ID_PATTERN, list_hub_errors
 from rluf.report.model_card import CARD_FOLDER
+from rluf.utils.paths import suggest_run_folder
 
 PUBLIC_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", f"{CARD_FOLDER}/*.json")
 """Files of policy/ that are uploaded: weights, configuration, tokenizer, model card; nothing else that lies there."""
@@ -23,7 +24,10 @@ def upload_policy(run_folder: Path, repo_id: str, *, private: bool = True) -> st
 
     policy_folder = run_folder / "policy"
     if not (policy_folder / "config.json").is_file():
-        raise DataError(f"{policy_folder} has no config.json; name the folder of a finished run of rluf train")
+        raise DataError(
+            f"{policy_folder} has no config.json; name the folder of a finished run of rluf train"
+            f"{suggest_run_folder(run_folder)}"
+        )
     if not HUB_ID_PATTERN.fullmatch(repo_id):
         raise ModelError(f"expected a repository as owner/name, got {repo_id!r}")
     api = HfApi()

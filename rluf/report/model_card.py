@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -26,6 +27,10 @@ SIMULATION_NOTE = (
 )
 PRIVATE_SECTIONS = ("run", "cluster")
 """Sections of the settings that stay out of the card: they have paths and host names of the training machines."""
+PLACE_PATTERN = re.compile(r"(pickle:)?(/|~|\.\.?(?=/))[^/\s]*/.*|(?!hf:)[a-z][a-z0-9+.-]*://.*", re.DOTALL)
+"""Paths outside the working directory, and URLs that need not be public; in the card only their file names are."""
+CONNECTION_KEY = "options"
+"""Key of an entry of data with the host, user and database of a connection."""
 
 
 def read_code_version() -> str:
@@ -47,7 +52,7 @@ def write_model_card(run_folder: Path) -> Path:
     public_settings = {key: value for key, value in config.items() if key not in PRIVATE_SECTIONS}
     public_data_card = {**data_card, "sources": public_sources}
     for card_name, card_content in {"settings": public_settings, "data": public_data_card, **reward_cards}.items():
-        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", card_content)
+        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", _remove_places(card_content))
     base_model = str(config.get("model", {}).get("path", "unknown"))
     card_data = ModelCardData(
         library_name="transformers",
@@ -79,6 +84,18 @@ def write_model_card(run_folder: Path) -> Path:
     card_text = "\n".join(readme_lines).rstrip()
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{card_text}\n").save(readme_path)
     return readme_path
+
+
+def _remove_places(value: Any) -> Any:
+    """Settings or a card with file names in place of paths and URLs."""
+    if isinstance(value, Mapping):
+        return {key: _remove_places(item) for key, item in value.items() if key != CONNECTION_KEY}
+    if isinstance(value, list):
+        return [_remove_places(item) for item in value]
+    if not isinstance(value, str) or not PLACE_PATTERN.fullmatch(value):
+        return value
+    path = urlsplit(value).path if "://" in value else value
+    return Path(path).name or value.partition(":")[0]
 
 
 def _read_base_license(base_model: str) -> str | None:

@@ -15,6 +15,8 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +108,7 @@ async def generate_responses(
     return responses_by_prompt
 
 
-def _check_settings(settings: Settings) -> None:
-    from rluf.models.hub import find_model_folder
-
-    find_model_folder(settings.model.path)
-
-
-COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings, subcommands=("rescore", "judge"))
+COMMAND_OPTIONS = CommandOptions(lambda _: None, subcommands=("rescore", "judge"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,9 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args, argument_list = parser.parse_known_args(argument_list[1:])
         if args.responses is not None and args.responses < 2:
             parser.error(f"argument --responses: expected 2 or more, got {args.responses}")
-    settings = parse_command_line("simulate", __doc__ or "", argument_list, COMMAND_OPTIONS).settings
+    options = replace(
+        COMMAND_OPTIONS, check=lambda tree: import_module("rluf.simulate.pipeline").check_simulation(tree, args.log)
+    )
+    settings = parse_command_line("simulate", __doc__ or "", argument_list, options).settings
 
     def run() -> None:
+        options.check(settings)  # before Ray starts
         from cluster.connect import ray_connection
         from rluf.tracking.console import setup_logging
         from rluf.utils.paths import resolve_runs_root

@@ -38,19 +38,37 @@ class SweepPlan(NamedTuple):
 
 def plan_sweep(args: argparse.Namespace) -> SweepPlan:
     """Load the settings of every run; SettingsError refuses an invalid one before the first run starts."""
-    try:
-        settings = load_settings(args.config, args.overrides).settings
-    except SettingsError as error:
-        lists = [text for text in args.overrides if re.fullmatch(r"[\w.]+=[^\[{]*,.*", text)]
-        hint = f"; several values of a setting are --grid {lists[0]}" if lists else ""
-        raise SettingsError(f"{error}{hint}") from None
     if args.concurrent < 1 or min(value or 0 for value in (*args.weights, *args.kl)) < 0:
         raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
-    folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
-    overrides = {point: build_run_overrides(args, settings, folder, point) for point in list_grid_points(args)}
-    return SweepPlan(
-        folder, overrides, {point: load_settings(args.config, texts).settings for point, texts in overrides.items()}
-    )
+    set_keys = {"seed": "--seeds", **({} if args.kl == [None] else {"algorithm.kl_coef": "--kl"})}
+    for override in args.overrides:
+        key = override.partition("=")[0].strip()
+        if key in set_keys:
+            raise SettingsError(
+                f"{override}: every run of a sweep gets this setting from {set_keys[key]}; set it there"
+            )
+    try:
+        settings = load_settings(args.config, args.overrides).settings
+        folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
+        overrides = {point: build_run_overrides(args, settings, folder, point) for point in list_grid_points(args)}
+        return SweepPlan(
+            folder, overrides, {point: load_settings(args.config, texts).settings for point, texts in overrides.items()}
+        )
+    except SettingsError as error:
+        raise SettingsError(f"{error}{_suggest_grid(args)}") from None
+
+
+def _suggest_grid(args: argparse.Namespace) -> str:
+    """Hint for values that are not written as --grid takes them; empty where they are."""
+    lists = [text for text in args.overrides if re.fullmatch(r"[\w.]+=[^\[{]*,.*", text)]
+    if lists:
+        return f"; several values of a setting are --grid {lists[0]}"
+    values = [text for text in args.overrides if "=" not in text]
+    if args.grid and values:
+        key = args.grid[-1].partition("=")[0]
+        return f"; the values of a --grid are separated by commas: --grid {key}={','.join(values)}"
+    lists = [text for text in args.grid if re.fullmatch(r"[\w.]+=\[[^\[\]]*\]", text)]
+    return f"; --grid tries each value of a list without its brackets: {re.sub(r'[][]', '', lists[0])}" if lists else ""
 
 
 def check_sweep(args: argparse.Namespace) -> str:

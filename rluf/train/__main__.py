@@ -116,11 +116,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="check that the policy can be trained, then exit")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint (run.resume=latest)")
     parser.add_argument(
-        "--profile",
-        metavar="steps=N",
-        type=_parse_profile_steps,
-        default=0,
-        help="profile N steps, from step 2 on, into <run folder>/profile",
+        "--profile", metavar="steps=N", type=_parse_profile_steps, default=0, help="profile N steps, from step 2 on"
     )
 
 
@@ -131,9 +127,13 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(
-    _add_options, lambda options: ["run.resume=latest"] if options.resume else [], check_run
-)
+def _list_overrides(options: argparse.Namespace) -> list[str]:
+    if options.resume and (words := [word for word in options.overrides if "=" not in word]):
+        raise SettingsError(f"--resume takes no folder; write run.resume={words[0]} to resume another run")
+    return ["run.resume=latest"] if options.resume else []
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, _list_overrides, check_run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

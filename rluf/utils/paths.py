@@ -79,6 +79,12 @@ def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
     return folder
 
 
+def suggest_run_folder(folder: Path) -> str:
+    """Hint for a folder without the files of a run: the newest run below it; empty where there is none."""
+    latest = folder / "latest"
+    return f"; did you mean {latest}?" if latest.is_dir() else ""
+
+
 def _make_new_folder(parent: Path, name: str) -> Path:
     """A new folder with this name, or with the first free number behind it."""
     folder, count = parent / name, 1

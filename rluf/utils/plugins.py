@@ -7,11 +7,18 @@ import inspect
 import os
 import pickle
 import stat
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rluf.errors import SettingsError
+from rluf.errors import RlufError, SettingsError
+
+IMPORT_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, OSError,
+    pickle.PickleError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+"""What a module with a mistake in it, or a damaged file of a function, raises when it is imported."""
 
 
 def load_plugin(
@@ -26,13 +33,13 @@ def load_plugin(
     """Import the object that `reference` (package.module:name) names, an instance of `protocol`.
 
     `kind` says in errors what it is, such as judge, and `signature` what is expected; a function must take
-    `argument_count` arguments, if any. Raises SettingsError, with the `known_names` of built-in ones, for a reference
-    without colon, a failed import, or an object of another type.
+    `argument_count` arguments, if any, and must not be async. Raises SettingsError, with the `known_names` of built-in
+    ones, for a reference without colon, a failed import (with file and line), or an object of another type.
     """
-    module_name, colon, object_name = reference.partition(":")
+    module_name, _, object_name = reference.partition(":")
     names = ", ".join(sorted(known_names))
     hint = f"choose one of {names}, or name your own as package.module:name" if names else "write package.module:name"
-    if not colon or not object_name:
+    if not (module_name and object_name):
         raise SettingsError(f"there is no {kind} {reference!r}; {hint}")
     try:
         if module_name == "pickle":
@@ -40,17 +47,52 @@ def load_plugin(
         else:
             # A relative name would be a TypeError.
             plugin = getattr(importlib.import_module(module_name.lstrip("./")), object_name)
-    # Other errors raised by the import are bugs of the plug-in and keep their traceback.
-    except (ImportError, AttributeError, OSError) as error:
-        if module_name.endswith(".py"):
+    except IMPORT_ERRORS as error:
+        problem = getattr(error, "msg", error)
+        if place := _find_place(error):
+            problem, hint = f"{type(error).__name__} in {place}: {problem}", "correct that line"
+        elif module_name == "pickle":
+            hint = "pass the function to rluf.load_settings again"
+        elif module_name.endswith(".py"):
             hint = f"write {Path(module_name).stem}:{object_name}, without .py, and start from the folder of the file"
-        raise SettingsError(f"{kind} {reference!r} cannot be imported: {error}; {hint}") from error
+        raise SettingsError(f"{kind} {reference!r} cannot be imported: {problem}; {hint}") from error
     if not isinstance(plugin, protocol):
         expected = signature or getattr(protocol, "__name__", str(protocol))
         raise SettingsError(f"{kind} {reference!r}: expected {expected}, got {type(plugin).__name__}; {hint}")
     if argument_count and callable(plugin):
+        if inspect.iscoroutinefunction(plugin):
+            raise SettingsError(f"{kind} {reference!r}: expected {signature}; an async one is not awaited here")
         check_signature(plugin, f"{kind} {reference!r}", signature, argument_count)
     return plugin
+
+
+def _find_place(error: Exception) -> str:
+    """File and line of the plug-in that failed, as text; empty where the plug-in itself was not found."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    own_places = (f"{Path(__file__).parents[1]}{os.sep}", importlib.__file__, "<")
+    frames = [frame for frame in frames if not frame[0].startswith(own_places)]
+    # The module's own line, and the line that failed, which may be in a module that it imports.
+    places = [f"{Path(path).name}, line {line}" for path, line in dict.fromkeys((*frames[:1], *frames[-1:]))]
+    return " > ".join(places)
+
+
+class PluginErrors:
+    """Block in which a plug-in is called: its exception becomes a SettingsError with `label`, its file and line."""
+
+    def __init__(self, label: str) -> None:
+        """`label` is what was called, such as judge 'mine:brief'."""
+        self._label = label
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
+        """Raise the SettingsError; what the user need not correct (RlufError, Ctrl-C) passes."""
+        if isinstance(error, Exception) and not isinstance(error, RlufError):
+            place = f" in {place}" if (place := _find_place(error)) else ""
+            raise SettingsError(f"{self._label} failed with {type(error).__name__}{place}: {error}") from error
 
 
 def check_signature(function: Any, label: str, signature: str, argument_count: int) -> None:

@@ -263,6 +263,13 @@ def test_a_plugin_that_returns_anything_else_is_named(kind: str, monkeypatch: py
         compute_advantages(f"{__name__}:first_reward_only", make_inputs([[3.0, 1.0], [2.0]]))
 
 
+def test_a_plugin_that_fails_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "first_reward_only", lambda inputs: inputs.reward)
+    message = r"first_reward_only' failed with AttributeError in test_advantages.py, line \d+: .* no attribute 'reward'"
+    with pytest.raises(SettingsError, match=message):
+        compute_advantages(f"{__name__}:first_reward_only", make_inputs([[3.0, 1.0], [2.0]]))
+
+
 def test_a_plugin_may_return_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "first_reward_only", lambda _: Advantages([np.array([1.0, 0.0]), torch.ones(1)]))
     advantages = compute_advantages(f"{__name__}:first_reward_only", make_inputs([[3.0, 1.0], [2.0]]))

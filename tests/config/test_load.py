@@ -87,7 +87,21 @@ def test_circular_extends_are_refused(tmp_path: Path) -> None:
         ("seed", "write key=value"),
         ("=1", "write key=value"),
         ("algorithm=3", "algorithm is a section"),
+        ("objectives.brevity=0.2", "objectives.brevity is a section, not a value (now 0.2, override); set one of its"),
+        ("objectives.weight=2", "did you mean objectives.love.weight"),
+        ("objectives.wieght=2", ".weight"),
+        ("reward.brevity.epochs=2", "or is brevity an objective of your own? Then add objectives.brevity"),
+        ("reward.helpfulnes.epochs=2", "did you mean reward.helpfulness.epochs, or is helpfulnes an objective"),
+        ("reward.lov.epochs=2", "did you mean reward.love.epochs"),
+        ("config=tiny", "name it by --config FILE"),
+        ("extends=tiny", "name it by --config FILE"),
+        ("algorithm.steps.x=3", "unknown setting algorithm.steps.x (override): algorithm.steps is a value, not a sec"),
+        ("data.prompts.path=x.jsonl", "data.prompts is a value, not a section"),
+        ("model.path.name=tiny", "model.path is a value, not a section"),
+        ("algorithm.topic_weights.risky.x.y=3", "algorithm.topic_weights.risky is a value, not a section"),
         ("learner.workers=[", "not valid YAML"),
+        ("data.prompts=[*.jsonl]", "put text with special characters in quotes"),
+        ("name=a: b: c", "put text with special characters in quotes"),
         ("model.path=${RLUF_NOT_SET}", "RLUF_NOT_SET"),
     ],
 )
@@ -102,6 +116,32 @@ def test_invalid_values_are_reported_with_key_value_source_and_rule() -> None:
     assert "2 settings are wrong" in message
     assert "fractional" in load_error("learner.workers=2.5")
     assert "data.feedback" in load_error("data.feedback=[{a: 1}]")
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("algorithm.clip=[0.2]", "must be a valid number, or an item is missing"),
+        ("algorithm.clip=[0.1, 0.2, 0.3]", "must be a valid number, or must have at most 2 items"),
+        ("algorithm.clip=high", "must be a valid number; could not parse string as a number, or must be a list"),
+        ("reward.love.max_tokens=many", "must be a valid integer"),
+    ],
+)
+def test_a_value_that_may_have_two_types_is_one_wrong_setting(override: str, rule: str) -> None:
+    message = load_error(override)
+    assert rule in message and "\n" not in message and message.count("meaning:") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serve.experiment={base: 0.9, aligned: 0.1}", "serve.experiment: aligned, base is not in serve.policies"),
+        ("serve.trusted_proxies=[nowhere]", "serve.trusted_proxies: expected addresses and networks, got 'nowhere'"),
+        ("serve.chat_markers={user: U}", "serve.chat_markers: expected user, assistant, end and optionally system"),
+    ],
+)
+def test_a_rule_of_a_section_names_its_key_and_not_the_whole_section(override: str, message: str) -> None:
+    assert load_error(override).startswith(message)
 
 
 def test_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
@@ -122,6 +162,56 @@ def test_invalid_yaml_is_refused_with_its_place(tmp_path: Path) -> None:
     assert "'seed' is set twice" in load_error(config=write_file(tmp_path, "twice.yaml", "seed: 1\nseed: 2\n"))
     assert "line 3 is not valid YAML" in load_error(config=write_file(tmp_path, "broken.yaml", "seed: 1\nname: [\n"))
     assert "expected a mapping" in load_error(config=write_file(tmp_path, "list.yaml", "- 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: 5\n", "extends=5 must be a file, the name of a configuration, or a list of them"),
+        ("extends: {base: tiny}\n", "extends={'base': 'tiny'} must be a file"),
+        ("extends: [tiny, 5]\n", "extends=['tiny', 5] must be a file"),
+        ("extend: tiny\n", "unknown setting extend ({path}); extend another file by `extends: FILE`"),
+        ("algorithm.steps: 3\n", "algorithm.steps ({path}): write the sections of a key one in the other, as in "
+         "algorithm: {steps: ...}"),
+        ("objectives.brevity: {weight: 1}\n", "as in objectives: {brevity: ...}"),
+        ("reward: {love.epochs: 3}\n", "reward.love.epochs ({path}): write the sections"),
+        ("objectives: {brevity: 0.2}\n", "objectives.brevity is a section, not a value (now 0.2, {path})"),
+        ("seed: {{ seed }}\n", "line 1 is not valid YAML: the key {'seed': None} is no text; write {{ and }} of a"),
+        ("? [a, b]\n: 3\n", "the key ['a', 'b'] is no text"),
+        ("algorithm:\n\tsteps: 3\n", "found character '\\t' that cannot start any token; fix that line: indent with"),
+        ("data: {prompts: *.jsonl}\n", "put text with special characters in quotes"),
+        ("seed: 1\x00\n", "is not valid YAML: unacceptable character #x0000"),
+    ],
+)  # fmt: skip
+def test_ordinary_mistakes_in_a_file_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path, "mine.yaml", text)
+    error = load_error(config=path)
+    assert message.replace("{path}", str(path)) in error and "\n" not in error
+
+
+@pytest.mark.parametrize("text", ["extends:\nseed: 3\n", "extends: []\nseed: 3\n", "objectives: {love: }\nseed: 3\n"])
+def test_an_empty_value_changes_nothing(text: str, tmp_path: Path) -> None:
+    assert load_settings(write_file(tmp_path, "mine.yaml", text)).settings.seed == 3
+
+
+def test_a_section_may_be_merged_into_another_one(tmp_path: Path) -> None:
+    text = "reward:\n  love: &shared {epochs: 3, learning_rate: 1e-5}\n  safety: {<<: *shared, epochs: 4}\n"
+    reward = load_settings(write_file(tmp_path, "mine.yaml", text)).settings.reward
+    assert (reward.love.epochs, reward.safety.epochs, reward.safety.learning_rate) == (3, 4, 1e-5)
+
+
+@pytest.mark.parametrize("path", ["*.jsonl", "*/log.jsonl", "@data/log.jsonl", "%data/log.jsonl", "!data.jsonl"])
+def test_an_override_may_begin_with_what_yaml_reserves(path: str) -> None:
+    assert load_settings(
+        None, [f"data.feedback={path}", f"data.safety=[a.jsonl, '{path}']"]
+    ).settings.data.feedback == (path,)
+
+
+def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_file(tmp_path, "base.yaml", "seed: 3\n")
+    write_file(tmp_path, "mine.yaml", "extends: ~/base.yaml\n")
+    assert load_settings(Path("~/mine.yaml")).settings.seed == 3
 
 
 def test_empty_files_and_empty_sections_change_nothing(tmp_path: Path) -> None:

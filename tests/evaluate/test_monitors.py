@@ -283,6 +283,15 @@ def test_a_monitor_without_a_number_is_named(measure: Any, monkeypatch: pytest.M
         compare_monitors([make_sample("Hi.")] * 3, [make_sample("Hi!!")] * 3)
 
 
+def test_a_monitor_that_fails_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MonitorSpec("Shouting", "share", "share", "up", lambda sample: "!!" in sample.response)  # type: ignore[attr-defined]
+    monkeypatch.setattr(monitors, "MONITORS", {**MONITORS, "shouting": spec})
+    with pytest.raises(
+        SettingsError, match=r"monitor 'shouting' failed with AttributeError in test_monitors\.py, line"
+    ):
+        compare_monitors([make_sample("Hi.")] * 3, [make_sample("Hi!!")] * 3)
+
+
 @pytest.mark.parametrize("value", [True, np.True_, 1, np.float32(1), np.int64(1), Fraction(1)])
 def test_a_monitor_may_return_any_kind_of_number(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitors, "MONITORS", {"x": MonitorSpec("X", "share", "share", "up", lambda _: value)})

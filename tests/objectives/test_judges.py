@@ -66,10 +66,6 @@ def test_all_failed_judges_are_listed() -> None:
     ]  # fmt: skip
 
 
-async def judge_later(messages: list[Message], response: str) -> bool:
-    return False
-
-
 VERDICTS: dict[str, object] = {"score": 0.7, "text": "no", "nothing": None, "list": [False], "nan": float("nan")}
 
 
@@ -77,12 +73,32 @@ def return_score(messages: list[Message], response: str) -> object:
     return VERDICTS[response]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("function", "response"), [*(("return_score", key) for key in VERDICTS), ("judge_later", "a")])
-def test_a_judge_that_returns_anything_but_a_verdict_is_an_error_that_names_it(function: str, response: str) -> None:
-    judge = load_judge(f"{__name__}:{function}")
-    with pytest.raises(SettingsError, match=rf"judge '.*{function}': expected True or False, got"):
+@pytest.mark.parametrize("response", VERDICTS)
+def test_a_judge_that_returns_anything_but_a_verdict_is_an_error_that_names_it(response: str) -> None:
+    judge = load_judge(f"{__name__}:return_score")
+    with pytest.raises(SettingsError, match=r"judge '.*return_score': expected True or False, got"):
         judge(ask_question("Hi"), response)
+
+
+async def judge_later(messages: list[Message], response: str) -> bool:
+    return False
+
+
+def test_an_async_judge_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(SettingsError, match=r"judge '.*judge_later': expected .* an async one is not awaited"):
+        load_judge(f"{__name__}:judge_later")
+
+
+def read_a_missing_key(messages: list[Message], response: str) -> bool:
+    return messages[-1]["text"] in response  # type: ignore[typeddict-item]
+
+
+def test_a_judge_that_fails_is_named_with_its_line() -> None:
+    judge = load_judge(f"{__name__}:read_a_missing_key")
+    with pytest.raises(
+        SettingsError, match=r"read_a_missing_key' failed with KeyError in test_judges\.py, line \d+: 'text'"
+    ):
+        judge(ask_question("Hi"), "Hello!")
 
 
 def return_number(messages: list[Message], response: str) -> object:

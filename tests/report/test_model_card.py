@@ -51,6 +51,40 @@ def test_the_card_has_data_rewards_settings_and_results(tmp_path: Path) -> None:
     assert json.loads(card_files["settings.json"])["algorithm"]["steps"] == 5
 
 
+def test_settings_and_cards_have_no_place_of_the_training_machine(tmp_path: Path) -> None:
+    run_folder = write_run_folder(tmp_path, "/secret/models/base")
+    entry = {"kind": "feedback", "path": "/secret/place/log.jsonl"}
+    write_json(run_folder / "cards" / "data.json", {"sources": [], "entries": [entry]})
+    write_json(run_folder / "cards" / "love.json", {"previous": {"folder": "/secret/cache/love"}})
+    config = json.loads((run_folder / "config.json").read_text("utf-8"))
+    config["data"] = {
+        "feedback": ["/secret/log.jsonl", {"reader": "kto", "path": "/secret/with space/kto.jsonl"}],
+        "prompts": ["~/secret/prompts.jsonl", "s3://secret/prompts.parquet", "https://secret/", "owner/prompts"],
+        "preferences": [
+            {"source": "sql", "path": "SELECT * FROM pairs", "options": {"host": "secret", "user": "secret"}}
+        ],
+        "labels": {"warmth": ["../secret/warmth.csv", "sample:safety", "hf://datasets/owner/name", "logs/w.jsonl"]},
+    }
+    config["objectives"]["brevity"] = {"source": "function", "path": "pickle:/secret/functions/0a.pkl", "weight": 1}
+    config["objectives"]["tone"] = {"source": "serve", "path": "http://secret:8000", "weight": 1}
+    config["model"]["system_prompt"] = "/no_think Answer in km/h"
+    write_json(run_folder / "config.json", config)
+    write_model_card(run_folder)
+    texts = {path.stem: path.read_text("utf-8") for path in (tmp_path / "policy" / "rluf").iterdir()}
+    settings = json.loads(texts["settings"])
+    assert "secret" not in "".join(texts.values())
+    assert json.loads(texts["data"])["entries"] == [{"kind": "feedback", "path": "log.jsonl"}]
+    assert json.loads(texts["love"]) == {"previous": {"folder": "love"}}
+    assert settings["data"] == {
+        "feedback": ["log.jsonl", {"reader": "kto", "path": "kto.jsonl"}],
+        "prompts": ["prompts.jsonl", "prompts.parquet", "https", "owner/prompts"],
+        "preferences": [{"source": "sql", "path": "SELECT * FROM pairs"}],
+        "labels": {"warmth": ["warmth.csv", "sample:safety", "hf://datasets/owner/name", "logs/w.jsonl"]},
+    }
+    assert settings["model"] == {"path": "base", "system_prompt": "/no_think Answer in km/h"}
+    assert [settings["objectives"][name]["path"] for name in ("brevity", "tone")] == ["0a.pkl", "http"]
+
+
 def test_results_of_simulated_users_say_so(tmp_path: Path) -> None:
     run_folder = write_run_folder(tmp_path, "org/model")
     lift = {"mean": 0.2, "low": 0.1, "high": 0.3}

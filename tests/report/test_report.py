@@ -236,6 +236,27 @@ def test_the_headline_follows_the_gate_and_claims_nothing_undecided(love: float,
     assert headline.report_headline({}) == "This run has not been evaluated yet."
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "status", "text"),
+    [
+        (-0.08, -0.01, "undecided", "Undecided: simulated love is undecided."),
+        (-0.08, 0.03, "undecided", "Undecided: simulated love is undecided."),
+        (-0.04, 0.03, "pass", "Pass: simulated love did not fall by 5%."),
+        (-0.04, -0.01, "pass", "Pass: simulated love fell, by less than 5%."),
+        (-0.3, -0.1, "fail", "Fail: simulated love fell by more than 5%."),
+        (0.1, 0.3, "pass", "Pass: simulated love rose."),
+    ],
+)
+def test_the_headline_follows_the_gate_of_love_that_has_to_hold(
+    low: float, high: float, status: str, text: str
+) -> None:
+    summary = make_summary()
+    lift = {"mean": (low + high) / 2, "low": low, "high": high}
+    check = {**summary["gates"]["checks"][0], "gate": "must_hold", "status": status, "limit": -0.05, "lift": lift}
+    summary["gates"] |= {"verdict": status, "checks": [check]}
+    assert headline.report_headline(summary) == text
+
+
 def test_the_headline_names_alarms_and_truncation() -> None:
     summary = make_summary()
     summary["gates"] |= {

@@ -175,6 +175,12 @@ def test_a_dry_run_lists_the_runs_and_starts_none(tmp_path: Path, capsys: pytest
         (["--weights", "-0.1"], 2, "--weights and --kl 0 or more"),
         (["--concurrent", "0"], 2, "--concurrent must be 1 or more"),
         (["--config", "missing.yaml"], 2, "missing.yaml"),
+        (["--grid", "learner.learning_rate", "1e-6", "1e-5"], 2, "by commas: --grid learner.learning_rate=1e-6,1e-5"),
+        (["--grid", "learner.learning_rate=[1e-6, 1e-5]"], 2, "without its brackets: learner.learning_rate=1e-6, 1e-5"),
+        (["--weights", "0.1,0.2"], 2, "invalid float value: '0.1,0.2'; separate the values by spaces"),
+        (["--seeds", "1,2"], 2, "invalid int value: '1,2'; separate the values by spaces"),
+        (["seed=3"], 2, "seed=3: every run of a sweep gets this setting from --seeds; set it there"),
+        (["--kl", "0.1", "algorithm.kl_coef=0.2"], 2, "algorithm.kl_coef=0.2: every run of a sweep gets this setting"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would_refuse(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rluf.errors import SettingsError
@@ -18,6 +20,7 @@ def test_functions_and_objects_are_imported() -> None:
     [
         ("refusals", ["there is no judge 'refusals'", "choose one of length, refusal", "package.module:name"]),
         ("json:", ["there is no judge 'json:'"]),
+        (":dumps", ["there is no judge ':dumps'"]),
         ("no_such_module_here:judge", ["cannot be imported", "no_such_module_here"]),
         ("json:no_such_function", ["cannot be imported", "no_such_function"]),
         ("math:pi", ["expected a function (text) -> bool, got float"]),
@@ -48,3 +51,46 @@ def test_a_function_with_other_arguments_is_refused_when_it_is_loaded() -> None:
 def test_a_path_of_a_file_gets_the_name_of_its_module(reference: str) -> None:
     with pytest.raises(SettingsError, match=r"write mine:score, without \.py"):
         load_plugin(reference, kind="reward function")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import imported\n", "NameError in broken.py, line 1 > imported.py, line 1: name 'missing' is not defined"),
+        ("def score(rows)\n    return []\n", "SyntaxError in broken.py, line 1: expected ':'"),
+        ("def score(rows):\nreturn []\n", "IndentationError in broken.py, line 2: expected an indented block"),
+        ("import os\nLIMIT = np.inf\n", "NameError in broken.py, line 2: name 'np' is not defined"),
+        ("import json\njson.loads('{')\n", "JSONDecodeError in broken.py, line 2 > decoder.py, line"),
+        ("\nimport package_that_is_missing\n", "ModuleNotFoundError in broken.py, line 2: No module named"),
+        ("raise RuntimeError('set MY_KEY first')\n", "RuntimeError in broken.py, line 1: set MY_KEY first"),
+    ],
+)
+def test_a_mistake_in_a_module_of_the_users_own_is_one_line_with_its_place(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    (tmp_path / "imported.py").write_text("missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SettingsError) as raised:
+        load_plugin("broken:score", kind="reward function")
+    assert f"reward function 'broken:score' cannot be imported: {message}" in str(raised.value)
+    assert str(raised.value).endswith("; correct that line") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x05\x95\x10"])
+def test_a_damaged_file_of_a_function_says_what_to_do(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "function.pkl"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(SettingsError, match=r"function\.pkl' cannot be imported: .*; pass the function to rluf\.load"):
+        load_plugin(f"pickle:{path}", kind="reward function")
+
+
+async def take_one_later(first: object) -> None: ...
+
+
+def test_an_async_function_is_refused_where_nothing_awaits_it() -> None:
+    with pytest.raises(
+        SettingsError, match=r"monitor '.*take_one_later': expected a measure; an async one is not await"
+    ):
+        load_plugin(f"{__name__}:take_one_later", kind="monitor", signature="a measure", argument_count=1)
