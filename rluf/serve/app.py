@@ -75,7 +75,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     add_compat_routes(app, backend)
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
     middleware: Any = ServiceMiddleware(app, backend)
-    # uvicorn would silently trust nobody for a network that is named by one of its addresses, such as 10.0.0.1/8.
+    # uvicorn would silently trust no proxy of a network that is named by one of its addresses, such as 10.0.0.1/8.
     networks = [str(ip_network(proxy, strict=False)) for proxy in backend.rules.trusted_proxies]
     return ProxyHeadersMiddleware(middleware, trusted_hosts=networks)
 

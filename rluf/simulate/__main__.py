@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.responses is not None and args.responses < 2:
             parser.error(f"argument --responses: expected 2 or more, got {args.responses}")
     options = replace(
-        COMMAND_OPTIONS, check=lambda tree: import_module("rluf.simulate.pipeline").check_simulation(tree, args.log)
+        COMMAND_OPTIONS, check=lambda tree: import_module("rluf.simulate.inputs").check_simulation(tree, args.log)
     )
     settings = parse_command_line("simulate", __doc__ or "", argument_list, options).settings
 

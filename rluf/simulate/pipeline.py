@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rluf.config.settings import Settings
-from rluf.errors import DataError
-from rluf.models.hub import find_model_folder
 from rluf.simulate.ground_truth import load_reader
 from rluf.simulate.log import (
     ServedResponse,
@@ -27,13 +25,6 @@ logger = logging.getLogger(__name__)
 
 OrderSampler = Callable[[Sequence[ServingOrder]], list[ServedResponse]]
 """Samples the responses of serving orders, in their order."""
-
-
-def check_simulation(settings: Settings, earlier_log: Path | None) -> None:
-    """Check the model and the earlier log of a simulation before Ray starts. Raises ModelError or DataError."""
-    find_model_folder(settings.model.path)
-    if earlier_log is not None and not (earlier_log / "feedback.jsonl.gz").is_file():
-        raise DataError(f"{earlier_log} has no feedback.jsonl.gz; give the folder of a simulated log")
 
 
 def write_simulated_log(

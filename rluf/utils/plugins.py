@@ -49,8 +49,8 @@ def load_plugin(
             plugin = getattr(importlib.import_module(module_name.lstrip("./")), object_name)
     except IMPORT_ERRORS as error:
         problem = getattr(error, "msg", error)
-        if place := _find_place(error):
-            problem, hint = f"{type(error).__name__} in {place}: {problem}", "correct that line"
+        if location := _find_error_location(error):
+            problem, hint = f"{type(error).__name__} in {location}: {problem}", "correct that line"
         elif module_name == "pickle":
             hint = "pass the function to rluf.load_settings again"
         elif module_name.endswith(".py"):
@@ -66,16 +66,16 @@ def load_plugin(
     return plugin
 
 
-def _find_place(error: Exception) -> str:
+def _find_error_location(error: Exception) -> str:
     """File and line of the plug-in that failed, as text; empty where the plug-in itself was not found."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno))
-    own_places = (f"{Path(__file__).parents[1]}{os.sep}", importlib.__file__, "<")
-    frames = [frame for frame in frames if not frame[0].startswith(own_places)]
+    own_locations = (f"{Path(__file__).parents[1]}{os.sep}", importlib.__file__, "<")
+    frames = [frame for frame in frames if not frame[0].startswith(own_locations)]
     # The module's own line, and the line that failed, which may be in a module that it imports.
-    places = [f"{Path(path).name}, line {line}" for path, line in dict.fromkeys((*frames[:1], *frames[-1:]))]
-    return " > ".join(places)
+    locations = [f"{Path(path).name}, line {line}" for path, line in dict.fromkeys((*frames[:1], *frames[-1:]))]
+    return " > ".join(locations)
 
 
 class PluginErrors:
@@ -91,8 +91,8 @@ class PluginErrors:
     def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
         """Raise the SettingsError; what the user need not correct (RlufError, Ctrl-C) passes."""
         if isinstance(error, Exception) and not isinstance(error, RlufError):
-            place = f" in {place}" if (place := _find_place(error)) else ""
-            raise SettingsError(f"{self._label} failed with {type(error).__name__}{place}: {error}") from error
+            location = f" in {location}" if (location := _find_error_location(error)) else ""
+            raise SettingsError(f"{self._label} failed with {type(error).__name__}{location}: {error}") from error
 
 
 def check_signature(function: Any, label: str, signature: str, argument_count: int) -> None:

@@ -20,7 +20,7 @@ class FixedEngine:
     async def generate(self, *_: Any, max_tokens: int | None = None) -> tuple[Generation]:
         return (Generation((1, 2, 3), (-0.5, -1.0, -0.25), (), "length", ""),)
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], **_: bool) -> str:
         return "Hello, friend!"
 
 

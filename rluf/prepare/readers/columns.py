@@ -190,7 +190,7 @@ def name_reactions(value: object) -> list[str]:
 
 
 def _is_withdrawn(reaction: Mapping[str, Any]) -> bool:
-    """Whether an object says that nobody has this reaction: none counted, not active, taken back, or a name that is
+    """Whether an object says that there is no such reaction: none counted, not active, taken back, or a name that is
     false."""
     flags = ("count", "active", *(("value", "score") if reaction.get("name") is not None else ()))
     if any(parse_truth(reaction.get(key)) is False for key in flags):
