@@ -21,7 +21,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rluf.prepare.redact_keys import COMBINING_MARKS, find_keys
+from rluf.prepare.redact_patterns import (
+    ASCII_ID_WORDS,
+    ASSIGNMENT_PATTERN,
+    COMBINING_MARKS,
+    DETECTORS,
+    EXTRA_FORMATS,
+    HEADER_PATTERN,
+    HOOK_PATTERN,
+    ID_CONTEXTS,
+    ID_FORM_PATTERN,
+    ID_FORM_START_PATTERN,
+    ID_PATTERN,
+    ID_START_PATTERN,
+    PASSWORD_PATTERN,
+    PRIVATE_KEY_PATTERN,
+    SHORT_WORD_PATTERN,
+    STEMS,
+    URL_PASSWORD_PATTERN,
+)
 
 MAX_CHECKED = 400
 """Candidates of a kind that are checked in a text; further ones count without a check. So a hostile text costs little,
@@ -213,6 +231,72 @@ def _find_ip_addresses(text: str) -> Iterator[tuple[int, int]]:
             yield from _check_matches(pattern.finditer(text), _find_ip_end)
 
 
+@cache
+def _load_format_pattern() -> re.Pattern[str]:
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+
+    detector_by_name = {detector.__name__: detector for detector in get_mapping_from_secret_type_to_class().values()}
+    formats = list(EXTRA_FORMATS)
+    for pattern in (pattern for name in DETECTORS for pattern in detector_by_name[name].denylist):
+        # Two formats do not start with a token: the hook of Slack, and "aws ... key", which is quadratic.
+        if not pattern.pattern.startswith(("aws", "https:")):
+            formats.append(f"(?i:{pattern.pattern})" if pattern.flags & re.IGNORECASE else pattern.pattern)
+    # Without re.ASCII a letter of Chinese or Thai after a key would count as part of it.
+    return re.compile(rf"(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_.=-]{{8}})(?:{'|'.join(formats)})", re.ASCII)
+
+
+def _is_random_value(value: str) -> bool:
+    """Whether a value after a key word is more than a word: letters with digits or signs, or long and of mixed case."""
+    if "://" in value or not any(char.isalpha() for char in value):
+        return False
+    is_long = len(value) >= 20 and not value.islower() and not value.isupper()
+    return is_long or any(char.isdecimal() or char in "!#$%&*=?@^~" for char in value)
+
+
+def _is_password(value: str, *, has_sign: bool) -> bool:
+    """Whether a value after a word for a password is one: a random value, digits after a sign, or both in one word."""
+    if value.isdecimal():
+        return has_sign
+    is_mixed = any(map(str.isdecimal, value)) and any(map(str.isalpha, value))
+    return _is_random_value(value) if has_sign else is_mixed and len(value) >= 6 and "-" not in value
+
+
+def _find_keys(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of secrets; of an assignment, an authorization header or a URL only the secret itself."""
+    if "PRIVATE KEY" in text:
+        yield from (match.span() for match in PRIVATE_KEY_PATTERN.finditer(text))
+    yield from (match.span() for match in _load_format_pattern().finditer(text))
+    for pattern, literal in ((URL_PASSWORD_PATTERN, "://"), (HOOK_PATTERN, "hooks")):
+        if literal in text:
+            yield from (match.span(1) for match in pattern.finditer(text))
+    lower_text = text.lower()
+    if "bearer" in lower_text or "authorization" in lower_text:
+        for match in HEADER_PATTERN.finditer(text):
+            if match[0][0] in "bB" or _is_random_value(match[1]):
+                yield match.span(1)
+    if any(stem in lower_text for stem in STEMS):
+        if len(lower_text) != len(text):  # one letter became two, as in Turkish
+            lower_text = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
+        yield from _find_assigned_values(text, lower_text)
+
+
+def _find_assigned_values(text: str, lower_text: str) -> Iterator[tuple[int, int]]:
+    """Spans of the values that a text, also given in lower case, names as a key or a password."""
+    for match in ASSIGNMENT_PATTERN.finditer(text):
+        value = match[2].rstrip(".,;:!?*")
+        is_bare_key = len(value) >= 20 and value.isalnum()
+        if _is_random_value(value) and (match[1] or (is_bare_key and any(map(str.isdecimal, value)))):
+            yield match.start(2), match.start(2) + len(value)
+    for match in PASSWORD_PATTERN.finditer(lower_text):
+        value = text[match.start(4) : match.end(4)].rstrip(".,;:?*")
+        is_short_word = SHORT_WORD_PATTERN.fullmatch(match[1]) is not None
+        if is_short_word and (match[2] is None or (match[1].startswith("pin") and not value.isdecimal())):
+            continue
+        has_sign = match[2] is not None or (value.isdecimal() and not match[1].isascii() and match[3] is None)
+        if len(value) >= 4 and _is_password(value, has_sign=has_sign):
+            yield match.start(4), match.start(4) + len(value)
+
+
 _PHONE_PATTERN = re.compile(
     r"[+(\d](?<![A-Za-z0-9_+-].)(?<![\d.]\..)(?:(?<=\+) ?\(?\d|(?<=\()\d|(?<=\d))"
     r"(?:[ ().\-/]{0,2}\d){6,18}(?!-?[A-Za-z0-9_])",
@@ -311,64 +395,6 @@ def _find_phones(text: str) -> Iterator[tuple[int, int]]:
             yield match.span()
 
 
-_ID_FORMATS = {
-    "us_ssn": r"\d{3}-\d{2}-\d{4}",
-    "cn_ric": r"\d{6}(?:19|20)\d{9}[\dXx]",
-    "kr_rrn": r"\d{6}-[1-8]\d{6}",
-    "br_cpf": r"\d{3}\.\d{3}\.\d{3}-\d{2}",
-    "th_pin": r"\d-\d{4}-\d{5}-\d{2}-\d",
-    "in__aadhaar": r"[2-9]\d{3}[ -]\d{4}[ -]\d{4}(?![ -]?\d)",
-    "in__pan": r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]",
-    "es_dni": r"\d{8}-?[A-HJ-NP-TV-Z]",
-    "es_nie": r"[XYZ]-?\d{7}-?[A-HJ-NP-TV-Z]",
-    "it_codicefiscale": r"[A-Z]{6}\d{2}[A-EHLMPR-T]\d{2}[A-Z]\d{3}[A-Z]",
-    "fr_nir": r"[12] \d{2} \d{2} (?:\d{2}|2[AB]) \d{3} \d{3} \d{2}",
-    "letter": r"[A-Z]{1,2}\d{6,9}(?:\([0-9A]\))?",
-    "word": r"\d{1,4}(?:[ -]?\d{1,6}){1,4}",
-}
-"""Written forms of identity numbers, by module of python-stdnum; `letter` and `word`: forms that count
-only after the name of a number."""
-_ID_END = r"(?![A-Za-z0-9]|-\d)"
-_ID_PATTERN = re.compile(
-    "(?:" + "|".join(f"(?P<{name}>{form})" for name, form in _ID_FORMATS.items()) + ")" + _ID_END, re.ASCII
-)
-_OWN_FORMS = [form for name, form in _ID_FORMATS.items() if name not in ("letter", "word")]
-_ID_FORM_PATTERN = re.compile(rf"(?:{'|'.join(_OWN_FORMS)}){_ID_END}", re.ASCII)
-_ID_START = r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|\d?[ -]?\d{2})"
-_ID_START_PATTERN = re.compile(_ID_START)
-"""Where an identity number may start; tried at each position of a text, the forms above would take too long."""
-_ID_FORM_START_PATTERN = re.compile(rf"{_ID_START}(?<=(?={_ID_FORM_PATTERN.pattern}).)", re.ASCII)
-"""Where a number of a national form starts: finds a start and looks back at it, so that no start costs a call."""
-_ID_CONTEXTS = (
-    # A number after its name counts even if its check digit is wrong or it was never issued: people mistype.
-    (r"\d{9}", r"(?<![a-z])ssn(?![a-z])|social security"),
-    (r"\d{17}[\dXx]|\d{15}|[A-Z]{1,2}\d{6}(?:\([0-9A]\)|[0-9A])|[A-Z][12]\d{8}",
-     r"身份[证證証]|身分[證証]|(?<![a-z])hkid"),
-    (r"\d{12}", r"マイナンバー|個人番号|(?<![a-z])my number"),
-    (r"\d{13}", r"주민등록번호|주민번호|외국인등록번호"),
-    (r"\d{13}", r"ประชาชน|เลขประจำตัว"),
-    (r"\d{12}", r"aadha+r|आधार"),
-    (r"\d{11}", r"(?<![a-z])cpf(?![a-z])"),
-    (r"\d{9}", r"(?<![a-z])nif(?![a-z])|contribuinte"),
-    (r"\d{11}", r"steuer(?:nummer)?-?id|identifikationsnummer|(?<![a-z])idnr"),
-    (r"\d{11}", r"(?<![a-z])pesel"),
-    (r"\d{8,9}", r"(?<![a-z])bsn(?![a-z])|burgerservicenummer"),
-    (r"\d{11}", r"kimlik|(?<![a-z])tckn"),
-    (r"\d{10}", r"(?<![a-z])nhs(?![a-z])"),
-    (r"\d{13}|\d{15}", r"s[eé]curit[eé] sociale|(?<![a-z])nir(?![a-z])"),
-    (r"\d{10}", r"الهوية|هويتي|الإقامة|الاقامة|إقامتي"),
-    (r"\d{14}", r"الرقم القومي|رقم قومي"),
-)  # fmt: skip
-"""Forms of identity numbers without signs in them, and the names that come before them."""
-
-
-_ASCII_ID_WORDS = (
-    "aadha", "bsn", "hkid", "burgerservicenummer", "cpf", "identifikationsnummer", "idnr", "kimlik", "my number", "nhs",
-    "nir", "nif", "contribuinte", "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
-)  # fmt: skip
-"""In each ASCII text that one of the contexts matches is one of these; to look for them is a tenth of the work."""
-
-
 @cache
 def _load_validator(module_name: str) -> Any:
     return import_module(f"stdnum.{module_name}").is_valid
@@ -385,7 +411,7 @@ def _is_valid_number(module_name: str, number: str) -> bool:
 @cache
 def _load_id_contexts() -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
     return [
-        (re.compile(rf"(?:{words})[^\n\d]{{0,20}}$", re.IGNORECASE), re.compile(form)) for form, words in _ID_CONTEXTS
+        (re.compile(rf"(?:{words})[^\n\d]{{0,20}}$", re.IGNORECASE), re.compile(form)) for form, words in ID_CONTEXTS
     ]
 
 
@@ -396,7 +422,7 @@ def _is_id_number(number: str, form_name: str, context: str) -> bool:
     if form_name not in ("letter", "word") and _is_valid_number(".".join(form_name.rsplit("_", 1)), number):
         return True
     lower_context = context.lower()
-    if context.isascii() and not any(word in lower_context for word in _ASCII_ID_WORDS):
+    if context.isascii() and not any(word in lower_context for word in ASCII_ID_WORDS):
         return False
     compact = re.sub(r"[ .-]", "", number)
     return any(form.fullmatch(compact) and pattern.search(context) for pattern, form in _load_id_contexts())
@@ -410,8 +436,8 @@ def _has_valid_date(number: str) -> bool:
 def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
     """Spans of national identity numbers; after MAX_CHECKED candidates the others count without a check."""
     candidate_count = 0
-    for start in _ID_START_PATTERN.finditer(text):
-        match = _ID_PATTERN.match(text, start.start())
+    for start in ID_START_PATTERN.finditer(text):
+        match = ID_PATTERN.match(text, start.start())
         if match is None:
             continue
         if candidate_count == MAX_CHECKED:
@@ -422,8 +448,8 @@ def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
             yield match.span()
     else:
         return
-    for start in _ID_FORM_START_PATTERN.finditer(text, match.start()):
-        form_match = _ID_FORM_PATTERN.match(text, start.start())
+    for start in ID_FORM_START_PATTERN.finditer(text, match.start()):
+        form_match = ID_FORM_PATTERN.match(text, start.start())
         if form_match is not None:
             yield form_match.span()
 
@@ -438,7 +464,7 @@ PERSONAL_ID_PATTERN = "|".join((
 """Ids of users and rows that are personal data themselves, as a pattern of RE2."""
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "key": find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
+    "key": _find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
     "id": _find_id_numbers, "phone": _find_phones,
 }  # fmt: skip
 """Finders in descending order of certainty: where two matches overlap, the earlier kind wins."""

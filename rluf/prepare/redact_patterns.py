@@ -1,22 +1,20 @@
-"""Secrets in texts: keys by the formats of their services, private keys, and what a text names as a password or key."""
+"""Patterns and words of redaction (rluf.prepare.redact): formats of keys, words for passwords, identity numbers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from functools import cache
 
 # Vowels of Devanagari, Thai and Arabic are signs above or below a letter; Python does not count these as \w.
 COMBINING_MARKS = r"\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u064b-\u0652"
 
-_DETECTORS = (
+DETECTORS = (
     "AWSKeyDetector", "AzureStorageKeyDetector", "DiscordBotTokenDetector", "GitHubTokenDetector",
     "GitLabTokenDetector", "MailchimpDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
     "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
 )  # fmt: skip
 """Classes of detect-secrets that know a format; those that judge by entropy or key words are left out."""
 
-_EXTRA_FORMATS = (
+EXTRA_FORMATS = (
     r"github_pat_[A-Za-z0-9_]{60,120}",
     r"sk-(?:proj-|ant-|svcacct-|admin-|or-)?(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{20,250}",
     r"AIza[0-9A-Za-z_-]{35}", r"ya29\.[0-9A-Za-z_-]{20,400}", r"GOCSPX-[0-9A-Za-z_-]{20,40}",
@@ -33,12 +31,12 @@ _EXTRA_FORMATS = (
     r"eyJ[A-Za-z0-9_=-]{8,2000}\.eyJ[A-Za-z0-9_=-]{4,8000}(?:\.[A-Za-z0-9_=-]{0,2000})?",
 )  # fmt: skip
 
-_PRIVATE_KEY_PATTERN = re.compile(
+PRIVATE_KEY_PATTERN = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
     r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)"
 )
-_URL_PASSWORD_PATTERN = re.compile(r"://[^\s:/?#@\[\]]{0,128}:([^\s/?#@\[\]]{1,128})@")
-_HOOK_PATTERN = re.compile(r"(?:hooks\.slack\.com/services|/api/webhooks)/([A-Za-z0-9_/-]{20,120})")
+URL_PASSWORD_PATTERN = re.compile(r"://[^\s:/?#@\[\]]{0,128}:([^\s/?#@\[\]]{1,128})@")
+HOOK_PATTERN = re.compile(r"(?:hooks\.slack\.com/services|/api/webhooks)/([A-Za-z0-9_/-]{20,120})")
 
 _PASSWORD_WORDS = (
     "password", "passwd", "passphrase", "passcode", "pass word", "pwd", "passwort", "kennwort",
@@ -49,12 +47,12 @@ _PASSWORD_WORDS = (
     # Short words need a sign after them, and no letter around them.
     "(?<![a-z])(?:pass|pw|pin)(?: ?code| number)?(?![a-z])", "(?<![а-я])пин(?:-?код)?(?![а-я])",
 )  # fmt: skip
-_SHORT_WORD_PATTERN = re.compile(r"(?:pass|pw|pin|пин)(?: ?code| number|-?код)?")
+SHORT_WORD_PATTERN = re.compile(r"(?:pass|pw|pin|пин)(?: ?code| number|-?код)?")
 _KEY_WORDS = (
     "key|token|secret|密钥|密鑰|秘钥|令牌|キー|トークン|키|토큰|ключ|токен|clé|chave|clave|schlüssel"
     "|مفتاح|คีย์|โทเค็น|कुंजी|टोकन"
 )
-_STEMS = (
+STEMS = (
     *_KEY_WORDS.split("|"), "pass", "pw", "pin", "kennwort", "contrase", "senha", "geheimz", "wachtw", "hasło",
     "şifre", "parola", "lösen", "mật", "kata", "пароль", "пин", "密", "口令", "パス", "暗証", "비", "패스",
     "암호", "รหัส", "พาส", "पास", "كلم", "السري", "باسو", "סיסמ",
@@ -64,13 +62,13 @@ _SIGN = r"(?:[=-]?>|→|:=|=|:|：| [-|–—] |是|为|為|改成|改为|设为
 _VERB = r"(?:is|ist|lautet|es|est|é|è|to|היא)(?![A-Za-z])(?:\s?:)?"
 _CLOSING = r"(?:_id)?[\"'`\])*\\]{0,4}\s{0,2}"
 _OPENING = r"[\s\"'`*\\(「『“„‘«]{0,5}"
-_ASSIGNMENT_PATTERN = re.compile(
+ASSIGNMENT_PATTERN = re.compile(
     rf"(?:{_KEY_WORDS})(?:(?: de)? api)?{_CLOSING}(?:({_SIGN}|{_VERB}){_OPENING}|(?<=\s)(?=[A-Za-z0-9]{{20}}))"
     r"([A-Za-z0-9!#$%&*+,./:;=?@^_~|-]{6,512})",
     re.IGNORECASE,
 )
 # A password in Latin, Greek or Cyrillic letters: where words have no spaces, it ends where its alphabet does.
-_PASSWORD_PATTERN = re.compile(
+PASSWORD_PATTERN = re.compile(
     rf"({'|'.join(_PASSWORD_WORDS)}){_CLOSING}"
     rf"(?:({_SIGN}|{_VERB})|([ \w()（）{COMBINING_MARKS}]{{0,24}}?(?:\s?{_SIGN}|\s{_VERB})))?"
     rf"{_OPENING}([a-zß-öø-ɏα-ωа-яё0-9!#$%&*+,./:;=?@^_~|-]{{4,512}})"
@@ -78,74 +76,65 @@ _PASSWORD_PATTERN = re.compile(
 """After these words a value counts without a sign between, and one of digits after an ASCII word only with a sign. Up
 to 24 characters may come before the sign: the password of the guest network is ... It matches text in lower case, which
 takes half the time of one that ignores case."""
-_HEADER_PATTERN = re.compile(
+HEADER_PATTERN = re.compile(
     r"(?:bearer[ :：]{1,3}(?=[A-Za-z0-9._~+/=-]{16})|authorization[\"']?[ :=]{1,3}[\"']?(?:basic|token|apikey) {1,2})"
     r"([A-Za-z0-9._~+/=-]{8,4000})",
     re.IGNORECASE,
 )
 
+_ID_FORMATS = {
+    "us_ssn": r"\d{3}-\d{2}-\d{4}",
+    "cn_ric": r"\d{6}(?:19|20)\d{9}[\dXx]",
+    "kr_rrn": r"\d{6}-[1-8]\d{6}",
+    "br_cpf": r"\d{3}\.\d{3}\.\d{3}-\d{2}",
+    "th_pin": r"\d-\d{4}-\d{5}-\d{2}-\d",
+    "in__aadhaar": r"[2-9]\d{3}[ -]\d{4}[ -]\d{4}(?![ -]?\d)",
+    "in__pan": r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]",
+    "es_dni": r"\d{8}-?[A-HJ-NP-TV-Z]",
+    "es_nie": r"[XYZ]-?\d{7}-?[A-HJ-NP-TV-Z]",
+    "it_codicefiscale": r"[A-Z]{6}\d{2}[A-EHLMPR-T]\d{2}[A-Z]\d{3}[A-Z]",
+    "fr_nir": r"[12] \d{2} \d{2} (?:\d{2}|2[AB]) \d{3} \d{3} \d{2}",
+    "letter": r"[A-Z]{1,2}\d{6,9}(?:\([0-9A]\))?",
+    "word": r"\d{1,4}(?:[ -]?\d{1,6}){1,4}",
+}
+"""Written forms of identity numbers, by module of python-stdnum; `letter` and `word`: forms that count
+only after the name of a number."""
+_ID_END = r"(?![A-Za-z0-9]|-\d)"
+ID_PATTERN = re.compile(
+    "(?:" + "|".join(f"(?P<{name}>{form})" for name, form in _ID_FORMATS.items()) + ")" + _ID_END, re.ASCII
+)
+_OWN_FORMS = [form for name, form in _ID_FORMATS.items() if name not in ("letter", "word")]
+ID_FORM_PATTERN = re.compile(rf"(?:{'|'.join(_OWN_FORMS)}){_ID_END}", re.ASCII)
+_ID_START = r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|\d?[ -]?\d{2})"
+ID_START_PATTERN = re.compile(_ID_START)
+"""Where an identity number may start; tried at each position of a text, the forms above would take too long."""
+ID_FORM_START_PATTERN = re.compile(rf"{_ID_START}(?<=(?={ID_FORM_PATTERN.pattern}).)", re.ASCII)
+"""Where a number of a national form starts: finds a start and looks back at it, so that no start costs a call."""
+ID_CONTEXTS = (
+    # A number after its name counts even if its check digit is wrong or it was never issued: people mistype.
+    (r"\d{9}", r"(?<![a-z])ssn(?![a-z])|social security"),
+    (r"\d{17}[\dXx]|\d{15}|[A-Z]{1,2}\d{6}(?:\([0-9A]\)|[0-9A])|[A-Z][12]\d{8}",
+     r"身份[证證証]|身分[證証]|(?<![a-z])hkid"),
+    (r"\d{12}", r"マイナンバー|個人番号|(?<![a-z])my number"),
+    (r"\d{13}", r"주민등록번호|주민번호|외국인등록번호"),
+    (r"\d{13}", r"ประชาชน|เลขประจำตัว"),
+    (r"\d{12}", r"aadha+r|आधार"),
+    (r"\d{11}", r"(?<![a-z])cpf(?![a-z])"),
+    (r"\d{9}", r"(?<![a-z])nif(?![a-z])|contribuinte"),
+    (r"\d{11}", r"steuer(?:nummer)?-?id|identifikationsnummer|(?<![a-z])idnr"),
+    (r"\d{11}", r"(?<![a-z])pesel"),
+    (r"\d{8,9}", r"(?<![a-z])bsn(?![a-z])|burgerservicenummer"),
+    (r"\d{11}", r"kimlik|(?<![a-z])tckn"),
+    (r"\d{10}", r"(?<![a-z])nhs(?![a-z])"),
+    (r"\d{13}|\d{15}", r"s[eé]curit[eé] sociale|(?<![a-z])nir(?![a-z])"),
+    (r"\d{10}", r"الهوية|هويتي|الإقامة|الاقامة|إقامتي"),
+    (r"\d{14}", r"الرقم القومي|رقم قومي"),
+)  # fmt: skip
+"""Forms of identity numbers without signs in them, and the names that come before them."""
 
-@cache
-def _load_format_pattern() -> re.Pattern[str]:
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    detector_by_name = {detector.__name__: detector for detector in get_mapping_from_secret_type_to_class().values()}
-    formats = list(_EXTRA_FORMATS)
-    for pattern in (pattern for name in _DETECTORS for pattern in detector_by_name[name].denylist):
-        # Two formats do not start with a token: the hook of Slack, and "aws ... key", which is quadratic.
-        if not pattern.pattern.startswith(("aws", "https:")):
-            formats.append(f"(?i:{pattern.pattern})" if pattern.flags & re.IGNORECASE else pattern.pattern)
-    # Without re.ASCII a letter of Chinese or Thai after a key would count as part of it.
-    return re.compile(rf"(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_.=-]{{8}})(?:{'|'.join(formats)})", re.ASCII)
-
-
-def _is_random_value(value: str) -> bool:
-    """Whether a value after a key word is more than a word: letters with digits or signs, or long and of mixed case."""
-    if "://" in value or not any(char.isalpha() for char in value):
-        return False
-    is_long = len(value) >= 20 and not value.islower() and not value.isupper()
-    return is_long or any(char.isdecimal() or char in "!#$%&*=?@^~" for char in value)
-
-
-def _is_password(value: str, *, has_sign: bool) -> bool:
-    """Whether a value after a word for a password is one: a random value, digits after a sign, or both in one word."""
-    if value.isdecimal():
-        return has_sign
-    is_mixed = any(map(str.isdecimal, value)) and any(map(str.isalpha, value))
-    return _is_random_value(value) if has_sign else is_mixed and len(value) >= 6 and "-" not in value
-
-
-def find_keys(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of secrets; of an assignment, an authorization header or a URL only the secret itself."""
-    if "PRIVATE KEY" in text:
-        yield from (match.span() for match in _PRIVATE_KEY_PATTERN.finditer(text))
-    yield from (match.span() for match in _load_format_pattern().finditer(text))
-    for pattern, literal in ((_URL_PASSWORD_PATTERN, "://"), (_HOOK_PATTERN, "hooks")):
-        if literal in text:
-            yield from (match.span(1) for match in pattern.finditer(text))
-    lower_text = text.lower()
-    if "bearer" in lower_text or "authorization" in lower_text:
-        for match in _HEADER_PATTERN.finditer(text):
-            if match[0][0] in "bB" or _is_random_value(match[1]):
-                yield match.span(1)
-    if any(stem in lower_text for stem in _STEMS):
-        if len(lower_text) != len(text):  # one letter became two, as in Turkish
-            lower_text = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
-        yield from _find_assigned_values(text, lower_text)
-
-
-def _find_assigned_values(text: str, lower_text: str) -> Iterator[tuple[int, int]]:
-    """Spans of the values that a text, also given in lower case, names as a key or a password."""
-    for match in _ASSIGNMENT_PATTERN.finditer(text):
-        value = match[2].rstrip(".,;:!?*")
-        is_bare_key = len(value) >= 20 and value.isalnum()
-        if _is_random_value(value) and (match[1] or (is_bare_key and any(map(str.isdecimal, value)))):
-            yield match.start(2), match.start(2) + len(value)
-    for match in _PASSWORD_PATTERN.finditer(lower_text):
-        value = text[match.start(4) : match.end(4)].rstrip(".,;:?*")
-        is_short_word = _SHORT_WORD_PATTERN.fullmatch(match[1]) is not None
-        if is_short_word and (match[2] is None or (match[1].startswith("pin") and not value.isdecimal())):
-            continue
-        has_sign = match[2] is not None or (value.isdecimal() and not match[1].isascii() and match[3] is None)
-        if len(value) >= 4 and _is_password(value, has_sign=has_sign):
-            yield match.start(4), match.start(4) + len(value)
+ASCII_ID_WORDS = (
+    "aadha", "bsn", "hkid", "burgerservicenummer", "cpf", "identifikationsnummer", "idnr", "kimlik", "my number", "nhs",
+    "nir", "nif", "contribuinte", "pesel", "securite sociale", "social security", "ssn", "steuer", "tckn",
+)  # fmt: skip
+"""In each ASCII text that one of the contexts matches is one of these; to look for them is a tenth of the work."""
