@@ -60,7 +60,7 @@ finished sample is refilled while the longest sample of its group still runs."""
 BASELINE_SEED_OFFSET = 2_000_003
 REFERENCE_PROMPTS = 96
 """Training prompts without an objective of their own whose base replies fix the scale of every objective. With 4
-replies each, the effective weight of love varies 1.2-fold between draws (benchmarks/learning.py)."""
+replies each, the effective weight of love varies 1.2 to 1.3-fold between draws (benchmarks/learning.py)."""
 REFERENCE_SEED_OFFSET = 3_000_017
 
 logger = logging.getLogger(__name__)
