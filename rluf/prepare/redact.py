@@ -34,7 +34,9 @@ from rluf.prepare.redact_patterns import (
     ID_FORM_START_PATTERN,
     ID_PATTERN,
     ID_START_PATTERN,
+    NEAR_PASSWORD_PATTERN,
     PASSWORD_PATTERN,
+    PASSWORD_WORD_PATTERN,
     PRIVATE_KEY_PATTERN,
     SHORT_WORD_PATTERN,
     STEMS,
@@ -287,14 +289,20 @@ def _find_assigned_values(text: str, lower_text: str) -> Iterator[tuple[int, int
         is_bare_key = len(value) >= 20 and value.isalnum()
         if _is_random_value(value) and (match[1] or (is_bare_key and any(map(str.isdecimal, value)))):
             yield match.start(2), match.start(2) + len(value)
-    for match in PASSWORD_PATTERN.finditer(lower_text):
-        value = text[match.start(4) : match.end(4)].rstrip(".,;:?*")
-        is_short_word = SHORT_WORD_PATTERN.fullmatch(match[1]) is not None
-        if is_short_word and (match[2] is None or (match[1].startswith("pin") and not value.isdecimal())):
+    last_end = 0
+    for index, word in enumerate(PASSWORD_WORD_PATTERN.finditer(lower_text)):
+        pattern = PASSWORD_PATTERN if index < MAX_CHECKED else NEAR_PASSWORD_PATTERN
+        assignment = pattern.match(lower_text, word.end()) if word.start() >= last_end else None
+        if assignment is None:
             continue
-        has_sign = match[2] is not None or (value.isdecimal() and not match[1].isascii() and match[3] is None)
+        (start, end), sign, distant_sign = assignment.span(3), assignment[1], assignment[2]
+        last_end, value = end, text[start:end].rstrip(".,;:?*")
+        is_short_word = SHORT_WORD_PATTERN.fullmatch(word[0]) is not None
+        if is_short_word and (sign is None or (word[0].startswith("pin") and not value.isdecimal())):
+            continue
+        has_sign = sign is not None or (value.isdecimal() and not word[0].isascii() and distant_sign is None)
         if len(value) >= 4 and _is_password(value, has_sign=has_sign):
-            yield match.start(4), match.start(4) + len(value)
+            yield start, start + len(value)
 
 
 _PHONE_PATTERN = re.compile(

@@ -67,15 +67,17 @@ ASSIGNMENT_PATTERN = re.compile(
     r"([A-Za-z0-9!#$%&*+,./:;=?@^_~|-]{6,512})",
     re.IGNORECASE,
 )
+PASSWORD_WORD_PATTERN = re.compile("|".join(_PASSWORD_WORDS))
 # A password in Latin, Greek or Cyrillic letters: where words have no spaces, it ends where its alphabet does.
+_PASSWORD = rf"{_OPENING}([a-zß-öø-ɏα-ωа-яё0-9!#$%&*+,./:;=?@^_~|-]{{4,512}})"
 PASSWORD_PATTERN = re.compile(
-    rf"({'|'.join(_PASSWORD_WORDS)}){_CLOSING}"
-    rf"(?:({_SIGN}|{_VERB})|([ \w()（）{COMBINING_MARKS}]{{0,24}}?(?:\s?{_SIGN}|\s{_VERB})))?"
-    rf"{_OPENING}([a-zß-öø-ɏα-ωа-яё0-9!#$%&*+,./:;=?@^_~|-]{{4,512}})"
+    rf"{_CLOSING}(?:({_SIGN}|{_VERB})|([ \w()（）{COMBINING_MARKS}]{{0,24}}?(?:\s?{_SIGN}|\s{_VERB})))?{_PASSWORD}"
 )
-"""After these words a value counts without a sign between, and one of digits after an ASCII word only with a sign. Up
-to 24 characters may come before the sign: the password of the guest network is ... It matches text in lower case, which
-takes half the time of one that ignores case."""
+"""After one of these words a value counts without a sign between, and one of digits after an ASCII word only with a
+sign. Up to 24 characters may come before the sign: the password of the guest network is ... All match text in lower
+case, which takes half the time of patterns that ignore case."""
+NEAR_PASSWORD_PATTERN = re.compile(rf"{_CLOSING}({_SIGN}|{_VERB})?(\Z.)?{_PASSWORD}")
+"""The same without characters before the sign, which takes a twentieth of the time."""
 HEADER_PATTERN = re.compile(
     r"(?:bearer[ :：]{1,3}(?=[A-Za-z0-9._~+/=-]{16})|authorization[\"']?[ :=]{1,3}[\"']?(?:basic|token|apikey) {1,2})"
     r"([A-Za-z0-9._~+/=-]{8,4000})",
