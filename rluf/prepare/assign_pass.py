@@ -195,11 +195,9 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     return statistics
 
 
-def _drop_repeated_rows(task: AssignTask, table: pa.Table, order: Ints, decisions: _RowDecisions) -> dict[str, int]:
-    """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts.
-
-    `order` [N] sorts the index by position in the log.
-    """
+def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> dict[str, int]:
+    """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts."""
+    order = _order_by_log_position(table)
     order = order[decisions.keep_mask[order]]
     prompt_key, content_key = read_column(table, "prompt_key"), read_column(table, "response_key")
     # Rows of feedback repeat those of the same user, labeled rows those of the same label; pairs any other.
@@ -433,13 +431,12 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
         statistics["contradictory_rows"] = decisions.contradictory_rows
         decisions.drop_rows(pc.fill_null(pc.less(table["reaction_label"], 0), False).to_numpy(), "reaction is ignored")
         table = _name_loved_reactions(table)
-    source_index, order = read_column(table, "source_index"), _order_by_log_position(table)
-    # Positions in the log are not needed any more, and comparing rows needs their memory.
-    used_columns = {"source_index", "line_number", "item_index", "opening_key"}
-    table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     if task.kind_name != "prompts":
-        statistics["duplicates"] = _drop_repeated_rows(task, table, order, decisions)
-    del order
+        statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
+    source_index = read_column(table, "source_index")
+    # Other positions in the log are not needed any more, and the memory is.
+    used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
+    table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)

@@ -287,8 +287,6 @@ def load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], 
         if name not in ("band_hashes", "row_band_hashes"):
             chunks = [chunk for file in files for chunk in read_table(file, [name])[name].chunks]
             columns[name] = pa.chunked_array(chunks, schema.field(name).type).combine_chunks()
-    # Arrow's pool would hold the pages of the separate chunks, as much again as the index.
-    pa.default_memory_pool().release_unused()
     return pa.table(columns), files, batch_rows
 
 

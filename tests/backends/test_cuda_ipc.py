@@ -56,12 +56,14 @@ def test_a_single_rank_gathers_its_own_handle() -> None:
     assert gather_ipc_handles({"gpu": [1, b"x"]}) == {"gpu": [1, b"x"]}
 
 
-def gather_as_rank(rank: int, store_file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=2)
-    handles = gather_ipc_handles({f"gpu {rank}": [rank, b"handle"]})
-    assert handles == {"gpu 0": [0, b"handle"], "gpu 1": [1, b"handle"]}
+def gather_as_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    handles = gather_ipc_handles({f"gpu {rank}": [rank, "handle"]})
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(handles))
     dist.destroy_process_group()
 
 
 def test_every_rank_has_the_handles_of_all_gpus(tmp_path: Path) -> None:
-    mp.spawn(gather_as_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    mp.spawn(gather_as_rank, args=(str(tmp_path),), nprocs=2)
+    gathered = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert gathered == 2 * [{"gpu 0": [0, "handle"], "gpu 1": [1, "handle"]}]
