@@ -16,6 +16,36 @@ from rluf.serve.middleware import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
 from rluf.types import Score, ScoringItem
 
 
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer, so that a simulation does not depend on the load."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+class VirtualTimePolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return VirtualTimeLoop()
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    """Run the tests of this file in virtual time."""
+    return VirtualTimePolicy()
+
+
+@pytest.fixture(autouse=True)
+def use_the_time_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rluf.serve.batching.monotonic", lambda: asyncio.get_running_loop().time())
+
+
 def make_item(text: str) -> ScoringItem:
     return ScoringItem([{"role": "user", "content": "?"}], text)
 
@@ -180,20 +210,6 @@ def make_timed_batcher(items_per_s: float, deadline_s: float, replica_count: int
     )  # fmt: skip
 
 
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, so that a simulation does not depend on the load."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-
 @dataclass(frozen=True)
 class Overload:
     """Requests at four times the speed of the replicas: sizes in responses, lengths in characters, by turns."""
@@ -219,11 +235,8 @@ OVERLOADS = {
 
 
 @pytest.mark.parametrize("name", OVERLOADS)
-def test_under_fourfold_overload_nearly_all_work_is_answered_in_time(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_fourfold_overload_nearly_all_work_is_answered_in_time(name: str) -> None:
     case, loop = OVERLOADS[name], VirtualTimeLoop()
-    monkeypatch.setattr("rluf.serve.batching.monotonic", loop.time)
     deadline_s, duration_s = 30.0, 200.0
     locks = [asyncio.Lock() for _ in range(case.replica_count)]
     tokens = {"timely": 0, "late": 0, "refused": 0, "possible": 0.0}
