@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from rluf.config.reward import HeadReading
 from rluf.errors import DeadlineError, RlufError
+from rluf.models.dropout import CpuDropout
 from rluf.reward.backbone import FrozenPrefix
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.encoded_split import EncodedSplit, RowKeys
@@ -311,7 +312,7 @@ class RewardModelTrainer:
         split, contrasts = task.train_split, task.train_split.find_contrasts(row_indices)
         sequence_indices = [*split.list_sequence_indices(row_indices), *(source for _, source in contrasts)]
         frozen_states = self._get_frozen_states(split)
-        with self._replay_prefix(frozen_states):
+        with self._replay_prefix(frozen_states), CpuDropout():
             logits = self._compute_logits(engine, split, sequence_indices, frozen_states)[:, task.head_index]
             if split.logit_offsets.size:
                 logits = logits + self._to_tensor(split.logit_offsets[sequence_indices])
