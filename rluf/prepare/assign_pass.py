@@ -1,7 +1,7 @@
 """Second pass of prepare: decide for every row of one kind whether it stays, in which split, and with which weight.
 
-Duplicates, joins, splits, abuse weights, propensities and sampling are decided on the index of all rows (about 150
-bytes per row). The decisions are written next to the index, in the same order, for the third pass.
+Duplicates, joins, splits, abuse weights, propensities and sampling are decided on the index of all rows, of which a few
+columns at a time are in memory. The decisions are written next to the index, in the same order, for the third pass.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rluf.prepare.labels import IGNORED, LOVED, NOT_LOVED, normalize_reaction
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
 from rluf.prepare.workspace import (
+    IndexTable,
     RowCount,
     TableWriter,
     build_quarantine_table,
     encode_column,
     load_band_hashes,
-    load_index,
     load_texts,
     read_column,
     write_table,
@@ -37,12 +37,6 @@ from rluf.prepare.workspace import (
 from rluf.utils.stats import Bools, Floats, Ints, compute_rate_with_interval
 
 _SAMPLED_OUT = "sampled out of train"
-
-_STATISTICS_COLUMNS = (
-    "user_id", "device", "author", "response_key", "prompt_key", "time", "reaction", "turn", "locale", "interface",
-    "topic", "model_version",
-)  # fmt: skip
-"""Columns of the index that rules, propensity and the card read."""
 
 SAMPLE_ROWS = 20
 """Training rows of each label and entry that the page of the data card shows."""
@@ -105,14 +99,14 @@ def _group_prompts(
     return splits.group_near_duplicates(prompt_key, bands)
 
 
-def _order_by_log_position(table: pa.Table) -> Ints:
+def _order_by_log_position(table: IndexTable) -> Ints:
     """Indices that sort the index by position in the log (its own order is by bucket)."""
     positions = [read_column(table, name) for name in ("item_index", "line_number", "source_index")]
     order: Ints = np.lexsort(positions)
     return order
 
 
-def _find_duplicate_ids(table: pa.Table) -> tuple[Bools, Bools]:
+def _find_duplicate_ids(table: IndexTable) -> tuple[Bools, Bools]:
     """Rows [N] that a later version of the same row replaces, and rows [N] whose id another row has."""
     position = np.empty(table.num_rows, dtype=np.int64)
     position[_order_by_log_position(table)] = np.arange(table.num_rows)
@@ -123,7 +117,7 @@ def _find_duplicate_ids(table: pa.Table) -> tuple[Bools, Bools]:
 
 
 def _quarantine_duplicates(
-    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, Sequence[str | None]]
+    task: AssignTask, table: IndexTable, is_duplicate: Bools, source_paths: Mapping[int, Sequence[str | None]]
 ) -> list[RowCount]:
     """Write duplicates to quarantine. The index has no raw bytes, so the logs with duplicates are read once more."""
     if not is_duplicate.any():
@@ -155,8 +149,8 @@ def _quarantine_duplicates(
 
 def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKeys]:
     """Prompt keys [P] and band hashes [P, BAND_COUNT] of the test prompts of data.prompts."""
-    table, files, _ = load_index(work_folder, "prompts")
-    if not files:
+    table = IndexTable(work_folder, "prompts")
+    if not table.files:
         return np.empty(0, dtype=np.uint64), _NO_BANDS
     rows = np.flatnonzero(read_column(table, "split") == splits.TEST_CODE)
     return read_column(table, "prompt_key")[rows], load_band_hashes(
@@ -164,7 +158,9 @@ def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKe
     )
 
 
-def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions) -> dict[str, Any]:
+def _drop_split_leaks(
+    task: AssignTask, table: IndexTable, split_code: Ints, decisions: _RowDecisions
+) -> dict[str, Any]:
     """Drop rows that would put one conversation, prompt or (strict) time in two splits; returns card statistics."""
     prompt_key = read_column(table, "prompt_key")
     test_keys, test_bands = _load_test_prompts(task.work_folder)
@@ -195,7 +191,7 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     return statistics
 
 
-def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> dict[str, int]:
+def _drop_repeated_rows(task: AssignTask, table: IndexTable, decisions: _RowDecisions) -> dict[str, int]:
     """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts."""
     order = _order_by_log_position(table)
     order = order[decisions.keep_mask[order]]
@@ -204,20 +200,23 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
     if task.kind_name == "feedback":
         unit = encode_column(table["user_id"])[0]
         # A log that is written again under new ids may have the reaction in the later row only.
-        order = order[np.argsort(pc.is_null(table["reaction_label"]).to_numpy()[order], kind="stable")]
+        has_no_reaction = pc.is_null(table["reaction_label"]).to_numpy(zero_copy_only=False)
+        order = order[np.argsort(has_no_reaction[order], kind="stable")]
     else:
         unit = read_column(table, "label") if "label" in table.column_names else np.zeros(table.num_rows, np.int64)
     unit_key = unit.astype(np.uint64) * splits.USER_MULTIPLIER
     # A sum of hashes stands for the texts; a chance collision has a probability of N squared over 2**64.
     content_ids = prompt_key + content_key * np.uint64(3)
+    del unit, content_key  # two arrays of all rows
     _, content_group = np.unique(content_ids + unit_key, return_inverse=True)
     is_repeated = splits.find_repeats(content_group, order)
+    rows = np.flatnonzero(decisions.keep_mask)
     bands = (
-        load_band_hashes(task.work_folder, task.kind_name, order, [band], "row_band_hashes")[:, 0] + unit_key[order]
+        load_band_hashes(task.work_folder, task.kind_name, rows, [band], "row_band_hashes")[:, 0] + unit_key[rows]
         for band in range(splits.ROW_BAND_COUNT)
     )
     near_group = np.zeros(table.num_rows, dtype=np.int64)
-    near_group[order] = splits.group_by_bands(len(order), bands)
+    near_group[rows] = splits.group_by_bands(len(rows), bands)
     is_near_repeated = splits.find_repeats(near_group, order) & ~is_repeated
     is_contradictory = np.zeros(table.num_rows, dtype=np.bool_)
     if "contrary_key" in table.column_names:
@@ -227,7 +226,7 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
         if task.contradictions == "ignored":
             decisions.drop_rows(is_contradictory, "contradicts another row")
     elif task.kind_name == "feedback":
-        reaction_label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy()
+        reaction_label = read_column(table, "reaction_label", _NO_REACTION)
         is_rated = np.isin(reaction_label, (LOVED, NOT_LOVED)) & decisions.keep_mask
         group_sizes, loved_sizes = (
             np.bincount(content_group[mask], minlength=int(content_group.max(initial=0)) + 1)
@@ -248,13 +247,13 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
 
 
 def _list_sample_keys(
-    table: pa.Table, source_index: Ints, label: Ints, is_train: Bools, source_paths: Mapping[int, Sequence[str | None]]
+    table: IndexTable, label: Ints, is_train: Bools, source_paths: Mapping[int, Sequence[str | None]]
 ) -> dict[str, list[int]]:
     """Row keys of SAMPLE_ROWS training rows of each label, by the path of the entry that they come from."""
     entry_paths, entry_of_source = np.unique(
         [str(source_paths[index][2]) for index in sorted(source_paths)], return_inverse=True
     )
-    entry = entry_of_source[np.searchsorted(sorted(source_paths), source_index)]
+    entry = entry_of_source[np.searchsorted(sorted(source_paths), read_column(table, "source_index"))]
     row_key = read_column(table, "row_key")
     rows = splits.choose_sample_rows(row_key, entry * 2 + label, np.flatnonzero(is_train), SAMPLE_ROWS)
     return {
@@ -262,43 +261,46 @@ def _list_sample_keys(
     }
 
 
-def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> tuple[pa.Table, list[RowCount]]:
+def _join_user_actions(task: AssignTask, table: IndexTable, decisions: _RowDecisions) -> list[RowCount]:
     """Join reactions, and fill in `continued` and `returned` where the log does not state them."""
     time_us = read_column(table, "time")
-    user_code, _ = encode_column(table["user_id"])
-    turn = read_column(table, "turn").astype(np.int64)
-    continued = joins.detect_continued(read_column(table, "conversation_key"), turn, time_us)
-    returned = joins.detect_returned(user_code, time_us, task.return_window_days)
+    continued = joins.detect_continued(
+        read_column(table, "conversation_key"), read_column(table, "turn").astype(np.int64), time_us
+    )
+    returned = joins.detect_returned(encode_column(table["user_id"])[0], time_us, task.return_window_days)
     for name, (values, is_known) in (("continued", continued), ("returned", returned)):
-        detected = pc.if_else(pa.array(is_known), pa.array(values), pa.nulls(len(values), pa.bool_()))
-        column = pc.coalesce(table[name].combine_chunks(), detected)
-        table = table.set_column(table.column_names.index(name), name, column)
+        detected = pa.array(values, mask=~is_known)
+        table.set_column(name, pc.coalesce(table[name], detected))
     row_counts: list[RowCount] = []
     if task.has_reactions:
-        event_table, files, _ = load_index(task.work_folder, "reactions")
-        if files:
-            table, drop_counts, joined_rows = _apply_reactions(task, table, event_table, decisions)
+        event_table = IndexTable(task.work_folder, "reactions")
+        if event_table.files:
+            drop_counts, joined_rows = _apply_reactions(task, table, event_table, decisions)
             dropped = [(reason, rows) for reason, rows in drop_counts.items() if rows]
             row_counts += [RowCount("reactions", "dropped", rows, reason=reason) for reason, rows in dropped]
             row_counts.append(RowCount("reactions", "joined", joined_rows))
-    return table, row_counts
+    return row_counts
 
 
 def _apply_reactions(
-    task: AssignTask, table: pa.Table, event_table: pa.Table, decisions: _RowDecisions
-) -> tuple[pa.Table, Counter[str], int]:
-    """Join reaction events to their rows. Returns the table, dropped events by reason, and the number joined."""
-    name_code, reaction_names = encode_column(event_table["reaction"])
-    names = np.array(reaction_names.to_pylist(), dtype=object)
-    _, family_code = np.unique([normalize_reaction(name) for name in names], return_inverse=True)
+    task: AssignTask, table: IndexTable, event_table: IndexTable, decisions: _RowDecisions
+) -> tuple[Counter[str], int]:
+    """Join reaction events to their rows. Returns dropped events by reason, and the number joined."""
+    event_name, event_names = encode_column(event_table["reaction"])
+    name_code, own_names = encode_column(table["reaction"])
+    # The names of events and rows in one list; the code of a row without a reaction stays -1.
+    name_code = np.where(name_code < 0, -1, name_code + len(event_names))
+    names = pa.concat_arrays([event_names, own_names])
+    _, family_code = np.unique([normalize_reaction(name) for name in names.to_pylist()], return_inverse=True)
     order = _order_by_log_position(event_table)
-    is_reaction = pc.is_valid(event_table["reaction_label"]).to_numpy()[order]
+    is_reaction = pc.is_valid(event_table["reaction_label"]).to_numpy(zero_copy_only=False)[order]
     order = order[is_reaction]
+    event_name = event_name[order]
     events = joins.ReactionEvents(
         event_key=read_column(event_table, "event_key")[order],
         response_key=read_column(event_table, "row_key")[order],
         time_us=read_column(event_table, "time")[order],
-        reaction_code=family_code[name_code[order]],
+        reaction_code=family_code[event_name],
         retracted=read_column(event_table, "retracted")[order],
     )
     event_label = event_table["reaction_label"].take(pa.array(order)).to_numpy().astype(np.int64)
@@ -307,60 +309,61 @@ def _apply_reactions(
         events, read_column(table, "row_key")[rows], read_column(table, "time")[rows],
         joins.to_microseconds(task.reaction_window_hours),
     )  # fmt: skip
-    reaction = np.array(table["reaction"].to_pylist(), dtype=object)
-    label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy().astype(np.int64)
-    event_names = names[name_code[order]]
+    label = read_column(table, "reaction_label", _NO_REACTION).astype(np.int64)
     # A retraction clears only the reaction that it names, not another one that the row has.
-    for row, event in zip(rows[attributed.retracted_rows], attributed.retracted_events, strict=True):
-        if reaction[row] is not None and normalize_reaction(reaction[row]) == normalize_reaction(event_names[event]):
-            label[row] = _NO_REACTION
+    retracted_rows = rows[attributed.retracted_rows]
+    retracted_family = family_code[event_name[attributed.retracted_events]]
+    is_named = (name_code[retracted_rows] >= 0) & (family_code[name_code[retracted_rows]] == retracted_family)
+    label[retracted_rows[is_named]] = _NO_REACTION
     # A reaction in the row itself has no time of its own; it counts as older than any event.
     own_rows = np.flatnonzero((label != _NO_REACTION) & np.isin(np.arange(len(label)), rows[attributed.active_rows]))
     own_time = np.full(len(own_rows), np.iinfo(np.int64).min)
     active_rows = np.concatenate([own_rows, rows[attributed.active_rows]])
-    active_names = np.concatenate([reaction[own_rows], event_names[attributed.active_events]])
+    active_names = np.concatenate([name_code[own_rows], event_name[attributed.active_events]])
     active_labels = np.concatenate([label[own_rows], event_label[attributed.active_events]])
     active_times = np.concatenate([own_time, events.time_us[attributed.active_events]])
     chosen, is_contradictory = joins.choose_active_reactions(
         active_rows, active_times, active_labels, len(label), task.contradictions
     )
     has_reaction = chosen >= 0
-    label[has_reaction], reaction[has_reaction] = (
-        active_labels[chosen[has_reaction]],
-        active_names[chosen[has_reaction]],
-    )
+    label[has_reaction] = active_labels[chosen[has_reaction]]
+    name_code[has_reaction] = active_names[chosen[has_reaction]]
     if task.contradictions == "ignored":
         label[is_contradictory] = IGNORED
     decisions.contradictory_rows = int(is_contradictory.sum())
-    label_column = pa.array(np.where(label == _NO_REACTION, 0, label).astype(np.int8), mask=label == _NO_REACTION)
-    for name, column in (("reaction", pa.array(reaction.tolist(), pa.string())), ("reaction_label", label_column)):
-        table = table.set_column(table.column_names.index(name), name, column)
+    table.set_column("reaction", names.take(pa.array(name_code, mask=name_code < 0)))
+    table.set_column("reaction_label", pa.array(label.astype(np.int8), mask=label == _NO_REACTION))
     attributed.drop_counts["no reaction"] += int((~is_reaction).sum())
-    return table, attributed.drop_counts, len(attributed.active_rows)
+    return attributed.drop_counts, len(attributed.active_rows)
 
 
-def _name_loved_reactions(table: pa.Table) -> pa.Table:
-    """The table with `love` as the reaction of loved rows, and none where a value says that there is none."""
-    label, name = table["reaction_label"].combine_chunks(), table["reaction"].combine_chunks()
+def _name_loved_reactions(table: IndexTable) -> None:
+    """Set `love` as the reaction of loved rows, and none where a value says that there is none."""
+    label, name = table["reaction_label"], table["reaction"]
     loved = pc.fill_null(pc.equal(label, LOVED), False)
     column = pc.if_else(loved, LOVE_REACTION, pc.if_else(pc.is_valid(label), name, pa.scalar(None, pa.string())))
-    return table.set_column(table.column_names.index("reaction"), "reaction", column)
+    table.set_column("reaction", column)
 
 
-def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
-    """The table with a conversation key of each user where users share an id but not the chat; rows so changed."""
+def _is_loved(table: IndexTable) -> Bools:
+    """Whether each row [N] is loved, after `_name_loved_reactions`."""
+    loved: Bools = pc.fill_null(pc.equal(table["reaction"], LOVE_REACTION), False).to_numpy(zero_copy_only=False)
+    return loved
+
+
+def _assign_conversation_keys(table: IndexTable) -> int:
+    """Set a conversation key of each user where users share an id but not the chat; returns the rows so changed."""
     conversation_key, opening_key = read_column(table, "conversation_key"), read_column(table, "opening_key")
     keys = splits.assign_conversation_keys(conversation_key, opening_key, encode_column(table["user_id"])[0])
-    column_index = table.column_names.index("conversation_key")
-    new_table = table.set_column(column_index, "conversation_key", pa.array(keys, pa.uint64()))
-    return new_table, int((keys != conversation_key).sum())
+    table.set_column("conversation_key", pa.array(keys, pa.uint64()))
+    return int((keys != conversation_key).sum())
 
 
-def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools, rows: Ints) -> abuse.AbuseLog:
+def _build_abuse_log(task: AssignTask, table: IndexTable, loved: Bools, rows: Ints) -> abuse.AbuseLog:
     """Log of the rules, of the rows of the index that `table` has."""
     user_code, _ = encode_column(table["user_id"])
     device_code, _ = encode_column(table["device"])
-    own_persona = pc.fill_null(pc.equal(table["author"].combine_chunks(), table["user_id"].combine_chunks()), False)
+    own_persona = pc.fill_null(pc.equal(table["author"], table["user_id"]), False)
     _, response_code = np.unique(read_column(table, "response_key"), return_inverse=True)
     # Grouping is the expensive part, and only this rule reads the groups.
     if "copies" in task.abuse_rules:
@@ -376,14 +379,12 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools, rows: Ints
 
 
 def _build_feedback_columns(
-    task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions, statistics: dict[str, Any]
+    task: AssignTask, table: IndexTable, split_code: Ints, decisions: _RowDecisions, statistics: dict[str, Any]
 ) -> dict[str, Any]:
     """Decision columns that only feedback has: trust, propensity, and the joined columns. Adds to `statistics`."""
     rows = np.flatnonzero(decisions.keep_mask)
-    kept_table = table.select(_STATISTICS_COLUMNS)
-    if len(rows) < table.num_rows:
-        kept_table = kept_table.take(pa.array(rows))
-    loved = pc.fill_null(pc.equal(kept_table["reaction"], LOVE_REACTION), False).to_numpy()
+    kept_table = table.take(rows)
+    loved = _is_loved(kept_table)
     abuse_log = _build_abuse_log(task, kept_table, loved, rows)
     trust_weight, rule_weights = abuse.compute_trust_weights(abuse_log, task.abuse_rules)
     user_code = abuse_log.user_code
@@ -395,15 +396,16 @@ def _build_feedback_columns(
         "interface": encode_column(kept_table["interface"])[0],
         "activity": bin_by_octave(np.bincount(user_code)[user_code]) if len(user_code) else user_code,
     }
-    has_reaction = pc.is_valid(kept_table["reaction"]).to_numpy()
+    has_reaction = pc.is_valid(kept_table["reaction"]).to_numpy(zero_copy_only=False)
     statistics["rated_share"] = float(has_reaction.mean()) if len(rows) else 0.0
     propensity, _ = estimate_propensity(features, has_reaction)
+    del features  # four arrays of all rows
     columns: dict[str, Any] = {}
     for name, values in (("trust", trust_weight), ("propensity", propensity)):
         columns[name] = np.ones(table.num_rows)
         columns[name][rows] = values
     statistics |= compute_love_statistics(kept_table, loved, user_code, split_code[rows], trust_weight, rule_weights)
-    return columns | {name: table[name].combine_chunks() for name in ("reaction", "continued", "returned")}
+    return columns | {name: table[name] for name in ("reaction", "continued", "returned")}
 
 
 def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None]]) -> dict[str, Any]:
@@ -412,8 +414,8 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
     `source_paths` are file, format and the entry's path, by index.
     """
     kind = find_data_kind(task.kind_name)
-    table, files, file_batches = load_index(task.work_folder, task.kind_name)
-    if not files:
+    table = IndexTable(task.work_folder, task.kind_name)
+    if not table.files:
         return {"row_counts": [], "splits": [], "statistics": {}}
     decisions = _RowDecisions(table.num_rows)
     statistics: dict[str, Any] = {}
@@ -425,22 +427,18 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
     split_code = read_column(table, "split").astype(np.int64)
     # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
     if task.kind_name == "feedback":
-        table, statistics["rows_of_reused_conversation_ids"] = _assign_conversation_keys(table)
-        table, join_counts = _join_user_actions(task, table, decisions)
-        row_counts += join_counts
+        statistics["rows_of_reused_conversation_ids"] = _assign_conversation_keys(table)
+        row_counts += _join_user_actions(task, table, decisions)
         statistics["contradictory_rows"] = decisions.contradictory_rows
-        decisions.drop_rows(pc.fill_null(pc.less(table["reaction_label"], 0), False).to_numpy(), "reaction is ignored")
-        table = _name_loved_reactions(table)
+        reaction_label = read_column(table, "reaction_label", _NO_REACTION)
+        decisions.drop_rows((reaction_label < 0) & (reaction_label != _NO_REACTION), "reaction is ignored")
+        _name_loved_reactions(table)
     if task.kind_name != "prompts":
         statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
-    source_index = read_column(table, "source_index")
-    # Other positions in the log are not needed any more, and the memory is.
-    used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
-    table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
-        label = pc.fill_null(pc.equal(table["reaction"], LOVE_REACTION), False).to_numpy().astype(np.int64)
+        label = _is_loved(table).astype(np.int64)
     elif "label" in table.column_names:
         label = read_column(table, "label")
     else:
@@ -453,14 +451,14 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
     if task.kind_name != "prompts":
         is_train = decisions.keep_mask & (sampling > 0) & (split_code == splits.TRAIN_CODE)
-        statistics["samples"] = _list_sample_keys(table, source_index, label, is_train, source_paths)
+        statistics["samples"] = _list_sample_keys(table, label, is_train, source_paths)
     decision_table = pa.table({
-        "row_key": table["row_key"].combine_chunks(),
+        "row_key": table["row_key"],
         "split": np.where(decisions.keep_mask, split_code, -1).astype(np.int8), "label": label, "sampling": sampling,
         **feedback_columns,
     })  # fmt: skip
     first_row = 0
-    for file, batch_rows in zip(files, file_batches, strict=True):
+    for file, batch_rows in zip(table.files, table.batch_rows, strict=True):
         writer = TableWriter(Path(task.work_folder) / "decisions" / task.kind_name / file.name, decision_table.schema)
         # The same record batches as in the index and row files: the third pass reads one bucket at a time.
         for row_count in batch_rows:
@@ -476,7 +474,7 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None
 
 
 def _sample_rows(
-    task: AssignTask, table: pa.Table, split_code: Ints, label: Ints, decisions: _RowDecisions
+    task: AssignTask, table: IndexTable, split_code: Ints, label: Ints, decisions: _RowDecisions
 ) -> tuple[Floats, list[dict[str, Any]]]:
     """Sampling weight of each row [N] (0 if dropped); and each split's quota, number of users or groups, and labels."""
     kind = find_data_kind(task.kind_name)
@@ -536,7 +534,7 @@ def _format_time(time_us: int) -> str:
 
 
 def compute_love_statistics(
-    table: pa.Table,
+    table: IndexTable,
     loved: Bools,
     user_code: Ints,
     split_code: Ints,
@@ -581,16 +579,18 @@ def compute_love_statistics(
     }
 
 
-def finish_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+def finish_statistics(table: IndexTable, keep_mask: Bools) -> dict[str, int]:
     """Retained rows before sampling by how the response (pairs: the chosen one) ended; unknown counts as finished."""
     column = "finish_reason" if "finish_reason" in table.column_names else "chosen_finish_reason"
     if column not in table.column_names:
         return {}
-    counts = Counter(reason or "unknown" for reason in table[column].filter(pa.array(keep_mask)).to_pylist())
+    counts: Counter[str] = Counter()
+    for entry in pc.value_counts(table[column].filter(pa.array(keep_mask))).to_pylist():
+        counts[entry["values"] or "unknown"] += entry["counts"]
     return dict(sorted(counts.items()))
 
 
-def count_rows_by_topic(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+def count_rows_by_topic(table: IndexTable, keep_mask: Bools) -> dict[str, int]:
     """Retained rows by topic before sampling, the most frequent first."""
     topic_counts = pc.value_counts(table["topic"].filter(pa.array(keep_mask))).to_pylist()
     topic_counts.sort(key=lambda entry: (-entry["counts"], entry["values"]))

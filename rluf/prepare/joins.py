@@ -156,9 +156,9 @@ def find_within_users(user_code: Ints, time_us: Ints, query_us: Ints, boundary: 
     first_us = time_us[first_rows]
     # Each user gets a segment of a number line: the user's own span of time and a microsecond on either side, where
     # queries before and after it go. All users on one line would overflow int64 from 290,000 user-years on, so users
-    # are searched in blocks whose segments add up to about 2**61.
+    # are searched in blocks whose segments add up to about 2**61. Blocks of a million rows also need less memory.
     segment_us = time_us[np.append(first_rows[1:], len(time_us)) - 1] - first_us + 2
-    block = np.floor(np.cumsum(segment_us.astype(np.float64)) / 2.0**61)
+    block = np.floor(np.cumsum(segment_us.astype(np.float64)) / 2.0**61) + first_rows // 2**20
     block_starts = np.flatnonzero(np.diff(block, prepend=-1.0))
     for first_user, end_user in zip(block_starts, np.append(block_starts[1:], len(first_rows)), strict=True):
         start, end = first_rows[first_user], first_rows[end_user] if end_user < len(first_rows) else len(user_code)

@@ -44,6 +44,7 @@ from rluf.prepare.workspace import (
     group_row_counts,
     hash_inputs,
     open_workspace,
+    use_system_memory,
 )
 from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
 from rluf.utils.files import write_json
@@ -392,7 +393,8 @@ def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
         result = validate_rows(ValidateTask(**fields))
     elif task_row["name"] == "assign":
         source_paths = {int(source_index): names for source_index, names in fields["sources"].items()}
-        result = assign_rows(AssignTask(**fields["task"]), source_paths)
+        with use_system_memory():
+            result = assign_rows(AssignTask(**fields["task"]), source_paths)
     else:
         result = write_split_file(WriteTask(**fields))
     result_json = json.dumps(result, default=_to_json_value)

@@ -1,6 +1,6 @@
 """First pass of prepare: validate one stripe of a file; write redacted rows, an index for later passes, and quarantine.
 
-Rows are written by bucket, a range of row keys. The second pass holds the index in memory: about 150 bytes per row.
+Rows are written by bucket, a range of row keys. The second pass decides on the index alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,12 @@ class _ValidationWriter:
         self._pending_rows: list[tuple[int, tuple[int, int], Any]] = []
         self._pending_bytes = 0
         salt = bytes.fromhex(task.salt_hex) or None
-        self._hash_user = cache(lambda user_id: user_id and hash_user_id(user_id, salt))
+        # Bounded: a log may have millions of users.
+        self._hash_user = lru_cache(2**16)(lambda user_id: user_id and hash_user_id(user_id, salt))
         self._hash_key = lru_cache(2**16)(lambda user_id: hash64(user_id, "rluf-user"))
-        self._assign_split = cache(lambda key: assign_split(key, dev_share=task.dev_share, test_share=task.test_share))
+        self._assign_split = lru_cache(2**16)(
+            lambda key: assign_split(key, dev_share=task.dev_share, test_share=task.test_share)
+        )
 
     def count_rows(self, outcome: str, reason: str, rows: int = 1) -> None:
         """Count rows of the present file."""

@@ -15,6 +15,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -274,20 +275,56 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return reader.read_all()
 
 
-def load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[list[int]]]:
-    """Index of all rows of a kind without band hashes, its files in order, and the rows of each of a file's batches."""
-    files = _list_index_files(work_folder, kind_name)
-    if not files:
-        return pa.table({}), [], []
-    schema = read_schema(files[0])
-    batch_rows = [[len(chunk) for chunk in read_table(file, ["row_key"])["row_key"].chunks] for file in files]
-    columns = {}
-    # Column by column: a table of all files and its copy in one chunk would need twice the memory at once.
-    for name in schema.names:
-        if name not in ("band_hashes", "row_band_hashes"):
-            chunks = [chunk for file in files for chunk in read_table(file, [name])[name].chunks]
-            columns[name] = pa.chunked_array(chunks, schema.field(name).type).combine_chunks()
-    return pa.table(columns), files, batch_rows
+@contextmanager
+def use_system_memory() -> Iterator[None]:
+    """Arrow allocates from the system within `with`: its own pool retains the memory of large columns after use."""
+    memory_pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(memory_pool)
+
+
+class IndexTable:
+    """Index of all rows of a kind, without band hashes. All of it would take 150 bytes per row of memory.
+
+    So a column is read from its files each time it is used, unless `set_column` has replaced it.
+    """
+
+    def __init__(self, work_folder: str, kind_name: str) -> None:
+        self.files = _list_index_files(work_folder, kind_name)
+        self.batch_rows = [
+            [len(keys) for keys in read_table(file, ["row_key"])["row_key"].chunks] for file in self.files
+        ]
+        """Rows of each record batch of each file."""
+        self.num_rows = sum(map(sum, self.batch_rows))
+        self._schema = read_schema(self.files[0]) if self.files else pa.schema([])
+        self._new_columns: dict[str, pa.Array] = {}
+        self._rows: pa.Array | None = None
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns that can be read."""
+        return [name for name in self._schema.names if name not in ("band_hashes", "row_band_hashes")]
+
+    def __getitem__(self, column_name: str) -> pa.Array:
+        if column_name in self._new_columns:
+            column = self._new_columns[column_name]
+        else:
+            chunks = [chunk for file in self.files for chunk in read_table(file, [column_name])[column_name].chunks]
+            column = pa.chunked_array(chunks, self._schema.field(column_name).type).combine_chunks()
+        return column if self._rows is None else column.take(self._rows)
+
+    def set_column(self, column_name: str, column: pa.Array) -> None:
+        """Replace a column [N]."""
+        self._new_columns[column_name] = column
+
+    def take(self, rows: NDArray[np.int64]) -> IndexTable:
+        """View of some rows [R]. It shares the columns that are set."""
+        view = copy(self)
+        view._rows, view.num_rows = pa.array(rows), len(rows)
+        return view
 
 
 def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
@@ -301,16 +338,17 @@ def load_band_hashes(
     bands: Sequence[int],
     column_name: str = "band_hashes",
 ) -> NDArray[np.uint64]:
-    """Hashes [R, B] of some bands of some rows of the index: with 64 bytes, all bands are a third of an entry."""
+    """Hashes [R, B] of some bands of some rows, in ascending order, of the index; reads a record batch at a time."""
     band_hashes = np.empty((len(rows), len(bands)), dtype=np.uint64)
-    order = np.argsort(rows, kind="stable")
-    sorted_rows, first_row = rows[order], 0
+    first_row = 0
     for file in _list_index_files(work_folder, kind_name):
-        column = read_table(file, [column_name])[column_name].combine_chunks()
-        start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
-        file_hashes = column.flatten().to_numpy().reshape(len(column), -1)
-        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row][:, bands]
-        first_row += len(column)
+        with _open_table(file, [column_name]) as reader:
+            for batch_index in range(reader.num_record_batches):
+                column = reader.get_batch(batch_index)[column_name]
+                start, end = np.searchsorted(rows, [first_row, first_row + len(column)])
+                batch_hashes = column.flatten().to_numpy().reshape(len(column), -1)
+                band_hashes[start:end] = batch_hashes[rows[start:end] - first_row][:, bands]
+                first_row += len(column)
     return band_hashes
 
 
@@ -332,17 +370,22 @@ def load_texts(work_folder: str, kind_name: str, rows: NDArray[np.int64], column
     return texts
 
 
-def encode_column(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
+def encode_column(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     """Codes [N] of a column's values, and the values; null is -1."""
-    encoded = column.combine_chunks().dictionary_encode()
+    encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
     codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
     return codes.to_numpy(zero_copy_only=False), encoded.dictionary
 
 
-def read_column(table: pa.Table, column_name: str) -> NDArray[Any]:
-    """A column as an array [N]; times in microseconds."""
+def read_column(table: IndexTable, column_name: str, null_value: int | None = None) -> NDArray[Any]:
+    """A column as an array [N], with `null_value` in place of nulls; times in microseconds."""
     column = table[column_name]
-    return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
+    if null_value is not None:
+        column = pc.fill_null(column, pa.scalar(null_value, column.type))
+    elif pa.types.is_timestamp(column.type):
+        column = column.cast(pa.int64())
+    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 MAX_OPEN_FILES = 100
