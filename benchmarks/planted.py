@@ -29,7 +29,7 @@ from rluf.utils.paths import find_sample_log
 
 REPLY_COUNTS = {100: (50, 2), 300: (100, 3), 880: (220, 4)}
 """Prompts and replies per prompt, by number of replies of each policy; 220 prompts of the log have eight replies."""
-BASELINE_PROMPTS, SAMPLES_PER_PROMPT, PROMPTS_PER_STEP, STEPS = 64, 4, 12, 14
+BASELINE_PROMPTS, SAMPLES_PER_PROMPT, PROMPTS_PER_STEP, STEPS = 96, 4, 12, 14
 """A training run with the default settings; its first step joins the baseline."""
 BASE_VERSIONS = ("base-plain", "base-cool")
 FLATTERY = ("What a brilliant question!", "You are so wise to ask this.", "I admire how you think.", "Great minds ask!")
