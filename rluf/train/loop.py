@@ -279,9 +279,12 @@ def _is_over_kl_budget(settings: Settings, step_metrics: Mapping[str, float]) ->
 def _warn_if_truncated(settings: Settings, truncated_share: float) -> None:
     """Warn if the token limit cuts many responses of the base policy, whose rewards then say little."""
     if truncated_share > MAX_TRUNCATED_SHARE:
+        # Where cut replies lose, a policy learns to end early rather than to answer.
+        mask_text = "" if settings.algorithm.truncated == "mask" else "set algorithm.truncated=mask, "
         logger.warning(
-            "rollout: %.0f%% of the responses of step 1 were cut at rollout.max_response_tokens=%d; raise the limit or "
-            "ask for shorter answers in the system prompt of the data",
+            "rollout: %.0f%% of the responses of step 1 were cut at rollout.max_response_tokens=%d; raise the limit, %s"
+            "or ask for shorter answers in the system prompt of the data",
             100.0 * truncated_share,
             settings.rollout.max_response_tokens,
+            mask_text,
         )

@@ -209,6 +209,9 @@ def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest
     assert not caplog.records
     loop._warn_if_truncated(controller.settings, 0.5)
     assert "50% of the responses of step 1 were cut at rollout.max_response_tokens=" in caplog.text
+    assert "raise the limit, set algorithm.truncated=mask, or ask" in caplog.text
+    loop._warn_if_truncated(make_controller("algorithm.truncated=mask").settings, 0.5)
+    assert "raise the limit, or ask" in caplog.text
 
 
 class SampledController(TrainController):
