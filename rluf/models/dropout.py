@@ -16,7 +16,7 @@ _MASK_BITS = 16
 class CpuDropout(TorchFunctionMode):
     """While active, `torch.nn.functional.dropout` takes its masks of CPU tensors from 16 random bits per element.
 
-    On a CPU torch draws a number per element in one thread, which takes a fifth of a training step of a small encoder.
+    Torch draws a whole random number per element, which slows the training of small encoders (benchmarks/reward.py).
     The bits come from torch's global generator, so a seed fixes them. Outputs are scaled by the rounded rate.
     """
 
