@@ -24,7 +24,8 @@ async def run_cells():
                 await result
     report = names["report"]
     print(json.dumps({
-        "verdict": report.verdict, "objectives": sorted(report.metrics[-1]), "frame": len(report._repr_html_()),
+        "verdict": report.verdict, "metrics": sorted(report.metrics[-1]), "artifacts": sorted(report.summary["reused"]),
+        "frame": len(report._repr_html_()),
         "modules": [name for name in ("actors", "cluster") if name in sys.modules],
         "file": sys.modules["rluf"].__file__,
     }))
@@ -94,7 +95,8 @@ def test_the_notebook_of_the_docs_trains_a_policy(wheel_environment: Path, tmp_p
     output = run_in(wheel_environment, tmp_path, "python", runner, notebook, timeout=280)
     result = json.loads(output.splitlines()[-1])
     assert result["verdict"] in ("pass", "undecided", "fail")
-    assert "brevity" in result["objectives"]
+    assert {"brevity", "love", "helpfulness", "safety"} <= set(result["metrics"])
+    assert result["artifacts"] == ["data", "reward-helpfulness", "reward-love", "reward-safety"]
     assert result["frame"] > 10_000
     assert result["modules"] == []
     assert Path(result["file"]).is_relative_to(wheel_environment)
