@@ -35,6 +35,12 @@ VIEWPORT_HEIGHTS = {"phone": 844, "desktop": 1500}
 COLOR_SCHEMES: tuple[ColorScheme, ...] = ("light", "dark")
 PHONE_SCALE = 1.5
 """Device pixels per CSS pixel in phone pictures."""
+DOCS_PICTURES: dict[str, tuple[str, ColorScheme, str]] = {
+    "report-phone": ("phone", "dark", ""),
+    "report-phone-tradeoff": ("phone", "dark", "tradeoff"),
+    "report": ("desktop", "light", ""),
+}
+"""Width, style and section at the top of each picture of the docs."""
 
 logger = logging.getLogger("benchmarks.screenshots")
 
@@ -150,23 +156,18 @@ def check_site(
     return {"benchmark": "screenshots", "chromium": version, "problems": problems, "pictures": picture_paths}
 
 
-def take_docs_pictures(browser: Browser, report: Path, folder: Path, problems: list[str]) -> list[str]:
-    """Take the pictures of the docs: the top on desktop and phone, and the trade-off on a phone."""
+def take_docs_pictures(page: Page, size: str, scheme: ColorScheme, folder: Path) -> list[str]:
+    """Take the pictures of the docs that show this view: the top on desktop and phone, and the trade-off on a phone."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture_specs: tuple[tuple[str, str, ColorScheme, str], ...] = (
-        ("report", "desktop", "light", ""),
-        ("report-phone", "phone", "dark", ""),
-        ("report-phone-tradeoff", "phone", "dark", "tradeoff"),
-    )
     picture_paths = []
-    for name, size, scheme, section in picture_specs:
-        page = open_report(browser, report, size, scheme, problems)
+    for name, (picture_size, picture_scheme, section) in DOCS_PICTURES.items():
+        if (picture_size, picture_scheme) != (size, scheme):
+            continue
         if section and page.locator(f"#{section}").count():
             page.evaluate(f"document.getElementById('{section}').scrollIntoView()")
             page.wait_for_timeout(300)  # let the page settle after scrolling
         page.screenshot(path=folder / f"{name}.png")
         picture_paths.append(str(folder / f"{name}.png"))
-        page.close()
     return picture_paths
 
 
@@ -180,17 +181,17 @@ def check_report(
     picture_paths: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        for size in VIEWPORT_WIDTHS:
-            for scheme in COLOR_SCHEMES:
-                page = open_report(browser, report, size, scheme, problems)
-                if full_page_folder is not None:
-                    full_page_folder.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(path=full_page_folder / f"{size}-{scheme}.png", full_page=True)
-                    picture_paths.append(str(full_page_folder / f"{size}-{scheme}.png"))
-                problems += find_problems(page, f"{size}, {scheme}")
-                page.close()
-        if docs_folder is not None:
-            picture_paths += take_docs_pictures(browser, report, docs_folder, problems)
+        for size, scheme in itertools.product(VIEWPORT_WIDTHS, COLOR_SCHEMES):
+            page = open_report(browser, report, size, scheme, problems)
+            # Before the search for problems, which opens all details.
+            if docs_folder is not None:
+                picture_paths += take_docs_pictures(page, size, scheme, docs_folder)
+            if full_page_folder is not None:
+                full_page_folder.mkdir(parents=True, exist_ok=True)
+                page.screenshot(path=full_page_folder / f"{size}-{scheme}.png", full_page=True)
+                picture_paths.append(str(full_page_folder / f"{size}-{scheme}.png"))
+            problems += find_problems(page, f"{size}, {scheme}")
+            page.close()
         version = browser.version
         browser.close()
     return {"benchmark": "screenshots", "chromium": version, "problems": problems, "pictures": picture_paths}
