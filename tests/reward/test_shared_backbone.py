@@ -42,12 +42,25 @@ def build_items() -> list[ScoringItem]:
     return [ScoringItem([{"role": "user", "content": "How was the day?"}], text) for text in texts]
 
 
-@pytest.fixture(scope="module", params=[("tiny", "float32"), ("tiny-encoder", "float32"), ("tiny", "bfloat16")])
-def head_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+BACKBONES = [("tiny", "float32"), ("tiny-encoder", "float32"), ("tiny", "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def folders_by_backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Path]]:
     """Four heads with a probe each on one frozen backbone: a decoder (head without bias) or an encoder."""
-    root = tmp_path_factory.mktemp("heads")
+    return {backbone: train_heads(tmp_path_factory.mktemp("heads"), *backbone) for backbone in BACKBONES}
+
+
+@pytest.fixture(scope="module", params=BACKBONES, ids="-".join)
+def head_folders(
+    request: pytest.FixtureRequest, folders_by_backbone: dict[tuple[str, str], dict[str, Path]]
+) -> dict[str, Path]:
+    return folders_by_backbone[request.param]
+
+
+def train_heads(root: Path, backbone: str, dtype: str) -> dict[str, Path]:
+    """The folder of each head."""
     data_folder = write_prepared_data(root / "data", row_count=80)
-    backbone, dtype = request.param
     section = {"backbone": backbone, **PROBE_SECTION}
     reward = {
         "shared_backbone_heads": HEADS,
@@ -174,39 +187,49 @@ def test_labels_of_reaction_heads_come_from_the_feedback() -> None:
 
 
 VLLM_POOLING_SCRIPT = """
-import json, sys
+import gc, json, sys
 from vllm import LLM, PoolingParams
-folder, items = sys.argv[1], json.load(sys.stdin)
-llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128)
-raw_logit = PoolingParams(use_activation=False)
-if "ids" in items[0]:
-    prompts = [{"prompt_token_ids": item["ids"]} for item in items]
-    outputs = llm.encode(prompts, pooling_task="classify", pooling_params=raw_logit)
-    logits = [float(output.outputs.data[0]) for output in outputs]
-else:
-    logits = [float(llm.score(item["first"], item["second"], pooling_params=raw_logit)[0].outputs.score)
-              for item in items]
-print("LOGITS " + json.dumps(logits))
+for folder, items in json.load(sys.stdin):
+    llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128)
+    raw_logit = PoolingParams(use_activation=False)
+    if "ids" in items[0]:
+        prompts = [{"prompt_token_ids": item["ids"]} for item in items]
+        outputs = llm.encode(prompts, pooling_task="classify", pooling_params=raw_logit)
+        logits = [float(output.outputs.data[0]) for output in outputs]
+    else:
+        logits = [float(llm.score(item["first"], item["second"], pooling_params=raw_logit)[0].outputs.score)
+                  for item in items]
+    print("LOGITS " + json.dumps(logits))
+    del llm  # its end takes the process group with it, which must not be that of the next one
+    gc.collect()
 """
 
 
 @pytest.mark.slow
-def test_vllms_pooling_runner_gives_the_same_logit(head_folders: dict[str, Path]) -> None:
+def test_vllms_pooling_runner_gives_the_same_logits(
+    folders_by_backbone: dict[tuple[str, str], dict[str, Path]],
+) -> None:
     """Decoders get our token ids; encoders get a pair of texts, which vLLM's tokenization joins as ours does."""
-    model = RewardModel.load(head_folders["love"], batch_tokens=4096)
     items = build_items()[:-1]  # vLLM rejects an empty text
-    rows = model.encoder.encode(items)
-    if model.encoder.uses_text_pairs:
-        inputs: list[Any] = [{"first": render_context(item.messages), "second": item.response} for item in items]
-    else:
-        inputs = [{"ids": row.token_ids} for row in rows]
+    orders: list[tuple[str, list[Any]]] = []
+    expected: dict[tuple[str, str], Any] = {}
+    for backbone, folders in folders_by_backbone.items():
+        model = RewardModel.load(folders["love"], batch_tokens=4096)
+        rows = model.encoder.encode(items)
+        expected[backbone] = pytest.approx(model.compute_raw_logits(rows), abs=1e-3)
+        if model.encoder.uses_text_pairs:
+            inputs: list[Any] = [{"first": render_context(item.messages), "second": item.response} for item in items]
+        else:
+            inputs = [{"ids": row.token_ids} for row in rows]
+        orders.append((str(folders["love"]), inputs))
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                    "VLLM_CPU_KVCACHE_SPACE": "1"}  # fmt: skip
+    # One process for all: its import of vLLM takes longer than what it computes.
     process = subprocess.run(
-        [sys.executable, "-c", VLLM_POOLING_SCRIPT, str(head_folders["love"])],
-        input=json.dumps(inputs), capture_output=True, text=True, timeout=300, env=environment, check=False,
+        [sys.executable, "-c", VLLM_POOLING_SCRIPT],
+        input=json.dumps(orders), capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     result_lines = [line for line in process.stdout.splitlines() if line.startswith("LOGITS ")]
-    assert result_lines, process.stderr[-3000:]
-    logits = json.loads(result_lines[-1].removeprefix("LOGITS "))
-    assert logits == pytest.approx(model.compute_raw_logits(rows), abs=1e-3)
+    assert len(result_lines) == len(orders), process.stderr[-3000:]
+    logits = [json.loads(line.removeprefix("LOGITS ")) for line in result_lines]
+    assert dict(zip(expected, logits, strict=True)) == expected
