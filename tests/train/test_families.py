@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from benchmarks import families
 from benchmarks.families import COMMON, FAMILIES, PAGE, describe_family
 from rluf.backends.weight_transfer import base
 from rluf.config.settings import Settings
@@ -15,6 +16,13 @@ from rluf.errors import ModelError
 from rluf.train.startup_check import check_weight_names
 
 FAST_FAMILIES = ("Mixtral", "Gemma 2", "GPT-2", "MPT")
+
+
+@pytest.mark.slow
+def test_the_installed_vllm_answers() -> None:
+    """Asked once for all families: the rows of the page read the same answer."""
+    problems = families._find_engine_problems()
+    assert (problems["MptForCausalLM"], problems["FalconForCausalLM"]) == ("missing", "")
 
 
 @pytest.mark.parametrize(
