@@ -77,10 +77,9 @@ def resolve_tiny_encoder(cache: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_may_build_one_model_at_once(tmp_path: Path) -> None:
-    processes = [
-        multiprocessing.get_context("spawn").Process(target=resolve_tiny_encoder, args=(str(tmp_path),))
-        for _ in range(2)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.bert.modeling_bert"])  # imported once for both
+    processes = [context.Process(target=resolve_tiny_encoder, args=(str(tmp_path),)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
