@@ -492,7 +492,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401  imported once, before the parts fork
-        import transformers  # noqa: F401
+        import learner_gpu  # noqa: F401
+        from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
     results = {}
     for name in names:
         results[name] = run_part(name, on_gpu)
