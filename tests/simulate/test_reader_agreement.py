@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,19 @@ def test_users_love_collapsed_replies_less_than_those_of_the_base(reader: Reader
         for row in map(json.loads, stream):
             rows_of_arm[row["arm"]].append(row)
     step = len(rows_of_arm["base"]) // COLLAPSED_RESPONSES_PER_ARM
-    rates = {}
-    for arm, rows in rows_of_arm.items():
-        inputs = [ReaderInput(tuple(r["messages"]), r["text"], r["finish_reason"] == "stop") for r in rows[::step]]
-        topics = [row["topic"] for row in rows[::step]]
-        rates[arm] = expected_love_probability(reader.score_responses(inputs), topics).mean()
+    selected_rows = {arm: rows[::step] for arm, rows in rows_of_arm.items()}
+    # In one call, in which responses of both arms to a prompt share its pass over the model.
+    truths = iter(
+        reader.score_responses(
+            [
+                ReaderInput(tuple(row["messages"]), row["text"], row["finish_reason"] == "stop")
+                for rows in selected_rows.values()
+                for row in rows
+            ]
+        )
+    )
+    rates = {
+        arm: expected_love_probability(list(islice(truths, len(rows))), [row["topic"] for row in rows]).mean()
+        for arm, rows in selected_rows.items()
+    }
     assert rates["aligned"] < 0.7 * rates["base"]
