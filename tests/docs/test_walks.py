@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     settings = load_settings(None, [*OVERRIDES, *overrides, *empty]).settings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "build_data_card", stop_and_build_card)
+        gc.collect()  # ends what tests of other modules left, which would be recorded
         start_recording()
         pipeline.build_data_set(
             settings, folder / "data", lambda rows: [result for row in rows for result in pipeline.run_task(row)]
