@@ -9,9 +9,13 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.shared_ray import SharedRay
 
 TEST_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -109,14 +113,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(mount_point)], check=True, timeout=30)
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """Ray with 2 CPUs on this machine, for the tests of one module."""
-    import ray
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[SharedRay]:
+    """The Ray cluster of this test process. Modules that need other options start one of their own."""
+    from tests.shared_ray import SharedRay  # loads Ray, which most modules do without
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 << 20)
-    yield
-    ray.shutdown()
+    cluster = SharedRay()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def local_ray(shared_ray: SharedRay) -> Iterator[None]:
+    """A connection to Ray with 2 CPUs on this machine, for the tests of one module."""
+    with shared_ray.connect():
+        yield
 
 
 @pytest.fixture(scope="module")

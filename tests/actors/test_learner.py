@@ -57,9 +57,14 @@ def make_settings(
 
 
 def make_actor_class() -> Any:
-    """LearnerActor with two methods for tests; defined in a function so that Ray pickles it by value."""
+    """LearnerActor with methods for tests; defined in a function so that Ray pickles it by value."""
 
     class InspectableLearner(LearnerActor):
+        def reset(self, *arguments: Any) -> None:
+            """Make this process another learner, as a new process is: its imports take longer than most tests."""
+            torch.manual_seed(0)
+            self.__init__(*arguments)  # type: ignore[misc]
+
         def hash_weights(self) -> str:
             digest = hashlib.sha256()
             for name, parameter in self.engine.module.named_parameters():
@@ -93,26 +98,33 @@ def make_actor_class() -> Any:
                 tokens = torch.cat([tokens, next_tokens], dim=1)
             return tokens[:, len(prompts[0]) :].tolist(), torch.cat(chosen_logprobs, dim=1).tolist()
 
-    return ray.remote(num_cpus=0.5, concurrency_groups={"health": 1})(InspectableLearner)
+    remote_class = ray.remote(num_cpus=0.5, concurrency_groups={"health": 1})(InspectableLearner)
+    return remote_class.options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+
+
+@pytest.fixture(scope="module")
+def processes(local_ray: None) -> list[Any]:
+    """Two learner processes, for `start_learners`."""
+    actor_class = make_actor_class()
+    return [actor_class.remote(rank, 1, Settings().model_dump_json(), "") for rank in range(2)]
 
 
 @contextmanager
-def start_learners(settings: Settings, model_path: Path, checkpoint: Path | None = None) -> Iterator[list[Any]]:
-    """All ranks, set up; ended afterwards."""
+def start_learners(
+    processes: Sequence[Any], settings: Settings, model_path: Path, checkpoint: Path | None = None
+) -> Iterator[list[Any]]:
+    """All ranks, set up in the first of these processes; shut down afterwards."""
     settings_json, world_size = settings.model_dump_json(), settings.learner.workers
-    remote_class = make_actor_class().options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
     folder = None if checkpoint is None else str(checkpoint)
-    ranks = [
-        remote_class.remote(rank, world_size, settings_json, str(model_path), folder) for rank in range(world_size)
-    ]
+    ranks = list(processes[:world_size])
+    for rank, process in enumerate(ranks):
+        process.reset.remote(rank, world_size, settings_json, str(model_path), folder)
     try:
         host, port = ray.get(ranks[0].find_rendezvous_address.remote(), timeout=60)
         ray.get([rank.setup.remote(host, port) for rank in ranks], timeout=120)
         yield ranks
-        ray.get([rank.shutdown.remote() for rank in ranks], timeout=30)
     finally:
-        for rank in ranks:
-            ray.kill(rank)
+        ray.get([rank.shutdown.remote() for rank in ranks], timeout=30)
 
 
 def run_train_step(
@@ -157,12 +169,14 @@ def run_train_step(
 REWARDS = [[0.1, 0.9, 0.4, 0.2], [1.0, 0.0, 0.5, 0.5], [0.0] * 4, [3.0, 1.0, 2.0, 9.0], [0.0, 0.0, 0.0, 1.0]]
 
 
-def test_two_ranks_learn_identically_and_like_one_rank_then_sync_and_save(model_path: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_identically_and_like_one_rank_then_sync_and_save(
+    processes: list[Any], model_path: Path, tmp_path: Path
+) -> None:
     groups, probe = make_random_groups(1), ([5, 6, 7], [[8, 9, 10]])
-    with start_learners(make_settings(dtype="float32"), model_path) as (single,):
+    with start_learners(processes, make_settings(dtype="float32"), model_path) as (single,):
         single_metrics = run_train_step([single], groups, REWARDS)[0]
         expected = ray.get(single.probe_logprobs.remote(*probe))[0]
-    with start_learners(make_settings(workers=2, dtype="float32"), model_path) as ranks:
+    with start_learners(processes, make_settings(workers=2, dtype="float32"), model_path) as ranks:
         before = ray.get([rank.hash_weights.remote() for rank in ranks])
         first, second = run_train_step(ranks, groups, REWARDS)
         after = ray.get([rank.hash_weights.remote() for rank in ranks])
@@ -181,11 +195,13 @@ def test_two_ranks_learn_identically_and_like_one_rank_then_sync_and_save(model_
         check_synced_weights(ranks, policy_path)
 
 
-def test_mini_batches_and_epochs_are_as_many_updates_on_any_number_of_ranks(model_path: Path) -> None:
+def test_mini_batches_and_epochs_are_as_many_updates_on_any_number_of_ranks(
+    processes: list[Any], model_path: Path
+) -> None:
     groups, probe = make_random_groups(1), ([5, 6, 7], [[8, 9, 10]])
     logprobs_by_ranks = {}
     for workers in (1, 2):
-        with start_learners(make_settings(workers=workers, dtype="float32", epochs=2), model_path) as ranks:
+        with start_learners(processes, make_settings(workers=workers, dtype="float32", epochs=2), model_path) as ranks:
             metrics = run_train_step(ranks, groups, REWARDS, mini_batch_count=3)
             assert "kl" not in metrics[0], "kl_coef 0 needs no reference policy"
             assert metrics[0]["loss"] == pytest.approx(metrics[-1]["loss"])
@@ -196,19 +212,21 @@ def test_mini_batches_and_epochs_are_as_many_updates_on_any_number_of_ranks(mode
     assert logprobs_by_ranks[1] == pytest.approx(logprobs_by_ranks[2], abs=2e-3)
 
 
-def test_with_lora_the_policy_without_its_adapters_is_the_reference(model_path: Path) -> None:
+def test_with_lora_the_policy_without_its_adapters_is_the_reference(processes: list[Any], model_path: Path) -> None:
     settings, groups = (
         make_settings(learning_rate=0.05, kl_coef=0.02, lora_rank=4, dtype="float32"),
         make_random_groups(1),
     )
-    with start_learners(settings, model_path) as (actor,):
+    with start_learners(processes, settings, model_path) as (actor,):
         metrics = [run_train_step([actor], groups, REWARDS, 0.02)[0] for _ in range(2)]
         assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-9) and metrics[1]["kl"] > 1e-4
         assert not ray.get(actor.has_reference_copy.remote())
 
 
 @pytest.mark.slow
-def test_resumed_averages_references_and_schedules_repeat_every_bit(model_path: Path, tmp_path: Path) -> None:
+def test_resumed_averages_references_and_schedules_repeat_every_bit(
+    processes: list[Any], model_path: Path, tmp_path: Path
+) -> None:
     """Four steps equal two and two, with all that a step changes: mini-batches, decay, average, refreshed reference."""
     settings = make_settings(dtype="float32", kl_coef=0.02, epochs=2).model_dump()
     settings["learner"] |= {"ema_decay": 0.9, "learning_rate_decay": "linear"}
@@ -222,19 +240,21 @@ def test_resumed_averages_references_and_schedules_repeat_every_bit(model_path: 
         return [(row["loss"], row["kl"]) for row in rows]
 
     steps = [1, 2, 3, 4]
-    with start_learners(settings, model_path) as (rank,):
+    with start_learners(processes, settings, model_path) as (rank,):
         expected = run_steps(rank, 4)
         ray.get(rank.apply_policy_average.remote())
         expected_logprobs = ray.get(rank.probe_logprobs.remote(*probe))
     assert expected[2][1] < expected[1][1], "the KL starts from 0 at the refreshed reference"
     steps = [1, 2, 3, 4]
-    with start_learners(settings, model_path) as (rank,):
+    with start_learners(processes, settings, model_path) as (rank,):
         rows = run_steps(rank, 2)
         checkpoint.mkdir()
         ray.get(rank.save_policy.remote(str(checkpoint / "policy")))
         schedule = ray.get(rank.save_optimizer_state.remote(str(checkpoint)))
         write_run_state(checkpoint, RunState(2, 1, {}, "", ControllerState({}, {}, {}, {}), [schedule]))
-    with start_learners(settings, model_path, checkpoint) as (rank,):
+    # A new process, as a resumed run has, with nothing of the first half in its memory.
+    new_process = make_actor_class().remote(0, 1, settings.model_dump_json(), str(model_path))
+    with start_learners([new_process], settings, model_path, checkpoint) as (rank,):
         rows += run_steps(rank, 2)
         ray.get(rank.apply_policy_average.remote())
         assert (rows, ray.get(rank.probe_logprobs.remote(*probe))) == (expected, expected_logprobs)
@@ -273,10 +293,12 @@ def check_synced_weights(ranks: Sequence[Any], policy_path: Path) -> None:
     assert all(torch.equal(received[name], tensor) for name, tensor in expected.items())
 
 
-def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(model_path: Path) -> None:
+def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(
+    processes: list[Any], model_path: Path
+) -> None:
     """The error names the prompt that caused it, and no others."""
     settings = make_settings(learning_rate=0.0, kl_coef=0.02)
-    with start_learners(settings, model_path) as (actor,):
+    with start_learners(processes, settings, model_path) as (actor,):
         before = ray.get(actor.hash_weights.remote())
         metrics = run_train_step([actor], make_random_groups(2), REWARDS)[0]
         assert metrics["skipped"] == 0.0 and metrics["grad_norm"] > 0.0
@@ -292,21 +314,21 @@ def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(
         assert ray.get(actor.get_health.remote())["skipped"] == 3.0
 
 
-def test_missing_rank_is_named(model_path: Path) -> None:
+def test_missing_rank_is_named(processes: list[Any], model_path: Path) -> None:
     settings = make_settings(workers=2).model_copy(update={"timeouts": TimeoutSettings(call_s=2.0, actor_start_s=2.0)})
-    actor = make_actor_class().remote(0, 2, settings.model_dump_json(), str(model_path))
-    host, port = ray.get(actor.find_rendezvous_address.remote(), timeout=60)
-    with pytest.raises(ResourceError, match="rank 0 of 2"):
-        ray.get(actor.setup.remote(host, port), timeout=60)
-    ray.kill(actor)
+    with (
+        pytest.raises(ResourceError, match="rank 0 of 2"),
+        start_learners(processes[:1], settings, model_path),
+    ):
+        pass
 
 
-def test_policy_learns_to_produce_a_token(model_path: Path) -> None:
+def test_policy_learns_to_produce_a_token(processes: list[Any], model_path: Path) -> None:
     """Reward: how often byte REWARDED_TOKEN occurs in 8 tokens; by chance 1 in 260."""
     prompts = [[1, 60 + index, 70, 2] for index in range(4)]
     repeated_prompts = [prompt for prompt in prompts for _ in range(8)]
     token_shares = []
-    with start_learners(make_settings(learning_rate=3e-3, kl_coef=0.001), model_path) as (actor,):
+    with start_learners(processes, make_settings(learning_rate=3e-3, kl_coef=0.001), model_path) as (actor,):
         for _ in range(12):
             responses, logprobs = ray.get(actor.sample.remote(repeated_prompts, 8))
             rewards = [float(response.count(REWARDED_TOKEN)) for response in responses]

@@ -88,6 +88,9 @@ def test_a_request_is_withdrawn_after_the_run(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("local_ray")
 def test_a_run_without_a_request_withdraws_nothing() -> None:
     request_resources(bundles=[{"CPU": 7.0}])  # another run's
-    with ensure_capacity(plan_resources(load_settings(None, []).settings), 5.0):
-        pass
-    assert read_request() == [{"CPU": 7.0}]
+    try:
+        with ensure_capacity(plan_resources(load_settings(None, []).settings), 5.0):
+            pass
+        assert read_request() == [{"CPU": 7.0}]
+    finally:
+        request_resources(bundles=[])  # other modules use this cluster

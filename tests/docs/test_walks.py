@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from rluf.config.load import load_settings
 from rluf.models.hub import load_tokenizer, resolve_model
@@ -21,7 +20,7 @@ from rluf.train import actor_supervisor
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.prompts import load_prompts
-from tests.call_recorder import ROOT, list_walk, read_walk, start_recording, stop_recording
+from tests.call_recorder import list_walk, read_walk, start_recording, stop_recording
 from tests.serve.conftest import write_models
 
 build_remote_class = actor_supervisor._build_remote_class
@@ -70,6 +69,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     settings = load_settings(None, [*OVERRIDES, *overrides, *empty]).settings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "build_data_card", stop_and_build_card)
+        gc.collect()  # ends what tests of other modules left, which would be recorded
         start_recording()
         pipeline.build_data_set(
             settings, folder / "data", lambda rows: [result for row in rows for result in pipeline.run_task(row)]
@@ -81,21 +81,6 @@ def test_a_log_row_enters_the_files_of_the_page(prepared: tuple[Path, set[str]])
     _, walk = prepared
     assert sorted(walk) == sorted(read_walk("A log row until it is a training row"))
     assert len(walk) <= MAX_ROW_FILES
-
-
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    """Ray with actors that can import the recorder."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    yield
-    ray.shutdown()
 
 
 def build_recorded_class(actor_class: type) -> Any:
@@ -150,7 +135,7 @@ async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_prompt_enters_the_files_of_the_page(
     prepared: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from rluf.evaluate import __main__ as evaluate
 from rluf.evaluate import score
 from rluf.reward.calibration import Calibration
 from tests.reward.test_model import write_checkpoint
+from tests.shared_ray import SharedRay
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,10 @@ def test_invalid_input_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_actor_pool_gives_the_scores_of_a_single_process(model: Path, tmp_path: Path) -> None:
+def test_the_actor_pool_gives_the_scores_of_a_single_process(
+    model: Path, tmp_path: Path, shared_ray: SharedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray.address)
     data_path = write_heldout_file(tmp_path / "rows.jsonl.gz", 45)
     in_process = score.score_file(model, data_path, tmp_path / "in_process.jsonl", actor_count=0, part_rows=10)
     pool = score.score_file(model, data_path, tmp_path / "pool.jsonl", actor_count=2, part_rows=10)
@@ -124,3 +128,4 @@ def test_the_actor_pool_gives_the_scores_of_a_single_process(model: Path, tmp_pa
     invalid_path.write_text("".join([*lines[:20], "no row\n", *lines[20:]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"bad\.jsonl:21"):
         score.score_file(model, invalid_path, tmp_path / "bad-scores.jsonl", actor_count=1, part_rows=10)
+    shared_ray.check_idle()

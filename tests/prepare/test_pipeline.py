@@ -27,27 +27,15 @@ RowFactory = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
+def _short_progress_timeout(local_ray: None) -> Iterator[None]:
+    """Tasks take longer than Ray Data would wait for progress, as those of millions of rows do."""
     import ray
 
-    owns_ray = not ray.is_initialized()
-    if owns_ray:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
     context = ray.data.DataContext.get_current()
-    # Tasks take longer than Ray Data would wait for progress, as those of millions of rows do.
     default_timeout_s, context.execution_no_progress_timeout_s = context.execution_no_progress_timeout_s, 0.05
     yield
     assert context.execution_no_progress_timeout_s == 0.05
     context.execution_no_progress_timeout_s = default_timeout_s
-    if owns_ray:
-        ray.shutdown()
 
 
 def build_settings(log: dict[str, Path], **prepare: Any) -> Settings:

@@ -18,6 +18,7 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.serve.client import RewardClient
 from tests.serve.conftest import OBJECTIVES, TOKEN, find_free_port, make_items, score_offline, write_models
+from tests.shared_ray import SharedRay
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +59,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    import ray
+def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory, shared_ray: SharedRay) -> Iterator[Service]:
     from ray import serve
 
     folder, port = tmp_path_factory.mktemp("service"), find_free_port()
@@ -76,17 +76,16 @@ def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             },
         }
     )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     other_folder = write_models(folder / "other", 7)
     service = Service(settings, f"http://127.0.0.1:{port}", {"first": model_folder, "other": other_folder})
     service.expected_values = {
         name: [scores["love"][0] for scores in score_offline(path, ITEMS)] for name, path in service.folders.items()
     }
-    service.deploy("first")
-    yield service
+    with shared_ray.connect({"RLUF_SERVE_TOKEN": TOKEN}):
+        service.deploy("first")
+        yield service
+        serve.shutdown()
     del os.environ["RLUF_SERVE_TOKEN"]
-    serve.shutdown()
-    ray.shutdown()
 
 
 class LoadGenerator(threading.Thread):

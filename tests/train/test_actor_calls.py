@@ -51,19 +51,25 @@ class Worker:
         await asyncio.sleep(60)
 
 
-def call_worker(method: str, *, timeout_s: float = 30.0, is_broken: bool = False) -> object:
+@pytest.fixture(scope="module")
+def worker(local_ray: None) -> Any:
+    """An actor for all tests that do not end it."""
+    return start_worker()
+
+
+def start_worker(is_broken: bool = False) -> Any:
+    return ray.remote(num_cpus=0)(Worker).remote(is_broken)
+
+
+def call_worker(worker: Any, method: str, timeout_s: float = 30.0) -> object:
     async def call() -> object:
-        worker = ray.remote(num_cpus=0)(Worker).remote(is_broken)
-        try:
-            return await call_with_timeout(getattr(worker, method).remote(), timeout_s, "worker 0 (testing)")
-        finally:
-            ray.kill(worker)
+        return await call_with_timeout(getattr(worker, method).remote(), timeout_s, "worker 0 (testing)")
 
     return asyncio.run(call())
 
 
-def test_a_result_is_returned() -> None:
-    assert call_worker("answer") == 7
+def test_a_result_is_returned(worker: Any) -> None:
+    assert call_worker(worker, "answer") == 7
 
 
 @pytest.mark.parametrize(
@@ -81,22 +87,22 @@ def test_a_result_is_returned() -> None:
     ],
 )
 def test_a_failure_names_the_actor_or_is_the_actors_own_error(
-    method: str, error_type: type[RlufError], message: str
+    method: str, error_type: type[RlufError], message: str, worker: Any
 ) -> None:
     with pytest.raises(error_type, match=message) as raised:
-        call_worker(method)
+        call_worker(start_worker() if method == "die" else worker, method)
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_a_failing_constructor_is_one_line_and_no_lost_actor() -> None:
     with pytest.raises(ActorError, match=r"worker 0 \(testing\) died: ValueError: no such device") as raised:
-        call_worker("answer", is_broken=True)
+        call_worker(start_worker(is_broken=True), "answer")
     assert not isinstance(raised.value, ActorLostError)
 
 
-def test_a_silent_actor_is_a_deadline_error() -> None:
+def test_a_silent_actor_is_a_deadline_error(worker: Any) -> None:
     with pytest.raises(DeadlineError, match=r"waited 3 s for worker 0 \(testing\) without a reply"):
-        call_worker("hang", timeout_s=3)
+        call_worker(worker, "hang", timeout_s=3)
 
 
 class StandInMethod:

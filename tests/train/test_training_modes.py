@@ -4,7 +4,7 @@ rate."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.types import Group, Message, Prompt
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 BASE_OVERRIDES = (
     "model.path=tiny",
@@ -42,21 +42,6 @@ BASE_OVERRIDES = (
     "objectives.safety={source: judge, path: refusal}",
 )
 OBJECTIVES = ("love", "helpfulness", "safety")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    """Ray with actors that can import the judge below."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-    )
-    yield
-    ray.shutdown()
 
 
 def judge_even_bytes(messages: Any, response: str) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rluf.backends.vllm.architectures import has_recurrent_layers
-from rluf.backends.vllm.core_process import fork_core_process
+from rluf.backends.vllm.core_process import METHOD_VARIABLE, fork_core_process
 from rluf.backends.weight_transfer.base import has_tied_embeddings
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
@@ -130,13 +130,14 @@ class RolloutEngine:
             *list_stop_token_ids(self._tokenizer, self.settings.rollout.stop),
         ]
         self._check_free_memory()
+        chosen_method = os.environ.get(METHOD_VARIABLE)
         try:
             config = self._build_engine_args().create_engine_config()
         except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise ModelError(
                 f"{self.name}: vLLM cannot run the model {self.model_folder}: {format_cause(error)}"
             ) from error
-        self._engine = await self._start_core_process(config)
+        self._engine = await self._start_core_process(config, chosen_method)
         await self._engine.update_weight_version(str(self.weight_version))
         await self._load_zero_adapter()
         return {
@@ -147,16 +148,18 @@ class RolloutEngine:
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
 
-    async def _start_core_process(self, config: Any) -> AsyncLLM:
+    async def _start_core_process(self, config: Any, chosen_method: str | None = None) -> AsyncLLM:
         """Start vLLM's core process; on a shared GPU try again. Raises ResourceError with the last reason."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
         attempts_left = SHARED_GPU_START_ATTEMPTS if self.settings.is_colocated else 1
         on_gpu = self.settings.cluster.gpus_per_engine > 0
+        # The workers of several processes are started by the core, which has computed in parallel by then.
+        may_fork = not on_gpu and self.settings.tensor_parallel == 1
         while True:
             attempts_left -= 1
             try:
-                with nullcontext() if on_gpu else fork_core_process():
+                with fork_core_process(chosen_method) if may_fork else nullcontext():
                     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, ValueError, OSError, MemoryError) as error:
                 reason = format_cause(error)
