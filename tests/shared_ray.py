@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._common.utils import reset_ray_address
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
@@ -84,4 +85,6 @@ class SharedRay:
                     include_log_monitor=False,
                     object_store_memory=256 << 20,
                 )
+            # The file with the cluster's address: Ray Train's controllers of other processes would read it.
+            reset_ray_address()
         return self._cluster

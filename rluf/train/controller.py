@@ -107,7 +107,7 @@ class TrainController:
             for name in pool
         }
         self.objectives = tuple(name for name in settings.objectives.by_objective if name in scored_objectives)
-        """Objectives with reward actors; those of weight 0 have none."""
+        """Objectives with reward actors: all of the settings, unless the supervisor was given fewer."""
         self.version = 0
         """Weight version of the engines: the number of optimizer steps done."""
         self.timeline = RunTimeline()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 RUN_CASES = """
 import contextlib, io, json, os, sys
 
+from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
 from rluf.train.__main__ import main
@@ -32,6 +33,7 @@ def run(arguments, runs_folder, ray_address):
 
 cases = json.load(sys.stdin)
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+reset_ray_address()  # its file is read by other tests' processes
 try:
     addresses = {"address": "127.0.0.1:1"}
     results = {name: run(*case, addresses.get(name, cluster.address)) for name, case in cases.items()}

@@ -127,7 +127,7 @@ def test_learning_rate_zero_changes_nothing_in_five_steps_and_ratios_stay_at_one
     ]
     settings = load_settings(None, [*BASE_OVERRIDES, *overrides]).settings
     rows, _ = run_steps(settings, tmp_path, 5, tmp_path / "policy", ["love"])
-    # Objectives of weight 0 have no reward actors.
+    # The supervisor was given no others.
     assert all("love" in row and "safety" not in row for row in rows)
     before = load_file(resolve_model("tiny", tmp_path) / "model.safetensors")
     after = load_file(tmp_path / "policy" / "model.safetensors")
