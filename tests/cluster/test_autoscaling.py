@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
@@ -63,7 +66,36 @@ def read_request() -> list[dict[str, float]]:
     return bundles
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.fixture
+def ray_without_coordinator(local_ray: None) -> None:
+    """Ray without the actor of Ray Data that replaces requests every 20 s: another module may have started it."""
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"))
+
+
+@pytest.mark.usefixtures("ray_without_coordinator")
+def test_a_request_that_another_one_replaces_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaling, "RENEWAL_INTERVAL_S", 0.05)
+    resource_plan = plan_resources(load_settings(None, ["reward.workers=20"]).settings)
+    expected = [bundle for bundle, _ in resource_plan.autoscaler_bundles]
+    checks = iter([ResourceError("too small"), None])
+
+    def fits_at_second_check(*_: Any) -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    monkeypatch.setattr(autoscaling, "check_plan", fits_at_second_check)
+    with ensure_capacity(resource_plan, 5.0):
+        request_resources(bundles=[])  # as Ray Data's coordinator does
+        deadline = time.monotonic() + 10
+        while read_request() != expected and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert read_request() == expected
+    time.sleep(0.2)
+    assert read_request() == []
+
+
+@pytest.mark.usefixtures("ray_without_coordinator")
 def test_a_request_is_withdrawn_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     resource_plan = plan_resources(load_settings(None, ["reward.workers=20"]).settings)
     with (
@@ -85,7 +117,7 @@ def test_a_request_is_withdrawn_after_the_run(monkeypatch: pytest.MonkeyPatch) -
     assert read_request() == []
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("ray_without_coordinator")
 def test_a_run_without_a_request_withdraws_nothing() -> None:
     request_resources(bundles=[{"CPU": 7.0}])  # another run's
     try:

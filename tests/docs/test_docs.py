@@ -102,6 +102,7 @@ def test_a_command_parses(
         if OWN_PARSER in source.read_text() or (words[3:4] and re.fullmatch(r"[a-z_]+", words[3])):
             # As python -m does, but in this process, which has imported most of it.
             monkeypatch.setattr(sys, "argv", [str(source), *words[3:], "--help"])
+            monkeypatch.delitem(sys.modules, f"{words[2]}.__main__", raising=False)  # another test may have imported it
             with pytest.raises(SystemExit) as exit_info:
                 runpy.run_module(f"{words[2]}.__main__", run_name="__main__", alter_sys=True)
             assert exit_info.value.code == 0, page + capsys.readouterr().err
