@@ -84,7 +84,8 @@ def train_reward_model(row_count: int, folder: Path) -> CommandCost:
     """Prepare at most that many rows of the sample log and train P[Love] on them."""
     return run_rluf(
         "reward",
-        "reward.objectives=[love]",
+        "--config",
+        "configs/reward/love.yaml",
         f"prepare.max_rows={row_count}",
         f"run.cache={folder / 'cache'}",
         folder=folder,
@@ -126,7 +127,12 @@ def score_file(row_count: int, folder: Path) -> CommandCost:
     model_folder = folder.parent / "models"
     if not model_folder.is_dir():
         run_rluf(
-            "reward", "reward.objectives=[love]", "prepare.max_rows=500", f"run.root={model_folder}", folder=folder
+            "reward",
+            "--config",
+            "configs/reward/love.yaml",
+            "prepare.max_rows=500",
+            f"run.root={model_folder}",
+            folder=folder,
         )
     with gzip.open(SAMPLE_FOLDER / "feedback.jsonl.gz", "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
