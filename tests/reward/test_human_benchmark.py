@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import over_refusal
+import reward_ranking
 from human import measure_by_source, measure_with_context, sample_unreacted_rows
 
 from rluf.reward.encoded_split import EncodedSplit
@@ -83,3 +84,16 @@ def test_over_refusal_has_forty_harmless_questions_and_as_many_harmful_prompts()
     rows = [json.loads(line) for line in over_refusal.PAIRS_PATH.read_text("utf-8").splitlines()]
     assert len({row["harmful_row"] for row in rows}) == len({row["harmless"] for row in rows}) == len(rows) == 40
     assert all(row[key].strip() for row in rows for key in ("harmless", "answer", "refusal", "comply"))
+
+
+def test_a_score_that_knows_the_truth_of_each_prompt_gains_all_and_one_that_knows_the_prompt_alone_nothing() -> None:
+    rng = np.random.default_rng(0)
+    truths = rng.uniform(size=400)
+    groups = [list(range(start, start + 4)) for start in range(0, 400, 4)]
+    best = np.mean([truths[group].max() for group in groups])
+    oracle = reward_ranking.measure_ranking(3.0 * truths - 1.0, truths, groups)
+    assert oracle["correlation"]["mean"] == pytest.approx(1.0)
+    assert oracle["lift"]["mean"] == pytest.approx(best / truths.mean() - 1.0)
+    by_prompt = np.repeat([truths[group].mean() for group in groups], 4) + 0.01 * rng.normal(size=400)
+    for key, bounds in reward_ranking.measure_ranking(by_prompt, truths, groups).items():
+        assert bounds["low"] < 0 < bounds["high"], key
