@@ -115,7 +115,8 @@ def test_a_stopped_run_saves_a_checkpoint_and_ends_the_same_when_resumed(
     assert f"resuming after step {checkpoint_step}" in log
     assert "step-9" in log and "no complete.json" in log
     assert_same_result(run_folder, undisturbed)
-    assert json.loads((run_folder / "outcome.json").read_text()) == {"base": 4, "aligned": 4}
+    outcome, expected = (json.loads((folder / "outcome.json").read_text()) for folder in (run_folder, undisturbed))
+    assert outcome == expected and outcome["base"] == outcome["aligned"] >= 4
 
 
 def write_logged_rows(data_folder: Path) -> None:
