@@ -65,7 +65,7 @@ class RenewedRequest:
         """Stop renewing and replace the request by an empty one; a failure is one warning."""
         self._is_withdrawn.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(RENEWAL_INTERVAL_S)  # it hangs where the cluster is gone
         try:
             request_resources(bundles=[])
         except (RayError, RuntimeError) as error:  # must not hide the result of the run
