@@ -39,7 +39,7 @@ class EvaluateSettings(SettingsSection):
     """Prompts of the test split to use (all of them if there are fewer)."""
     samples_per_prompt: int = Field(default=3, ge=1)
     """Responses per prompt and policy."""
-    simulated_users: int = Field(default=2000, ge=0)
+    simulated_users: int = Field(default=10_000, ge=0)
     """New simulated users (rluf.simulate) per policy whose reactions decide; 0 for prompts of real users."""
     monitors: tuple[str, ...] = ()
     """Further monitors of the replies as module:name, with alarms in training and in the comparison."""

@@ -7,6 +7,7 @@ weights are no longer in the engines; the control mixes the two whose entropies 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,21 +20,22 @@ logger = logging.getLogger(__name__)
 
 
 def build_control_arm(answers: Sequence[PolicyAnswer], target_entropy: float | None, seed: int) -> list[PolicyAnswer]:
-    """Responses of the base at `target_entropy` (nats per token), one of each prompt's draws at two temperatures.
+    """Responses of the base at `target_entropy` (nats per token), drawn at two temperatures.
 
-    `answers` of other arms are ignored. A policy that samples at the warmer temperature with probability w and at
-    the cooler one with 1 - w has entropy w H_warm + (1 - w) H_cool; w is chosen so that this is the target. Outside the
-    measured range the nearest draw is the control; `arms.control.entropy` in summary.json shows how near. Empty without
-    draws at other temperatures or without a target.
+    `answers` of other policies are ignored. A policy that samples at the warmer temperature with probability w and at
+    the cooler one with 1 - w has entropy w H_warm + (1 - w) H_cool; w is chosen so that this is the target. Each prompt
+    has as many responses as the temperature with more draws; fewer draws of the other one repeat, which the interval,
+    clustered by prompt, takes into account. The base arm is one of the draws, so the control is for comparisons with
+    other arms only. Outside the measured range the nearest temperature is the control; `arms.control.entropy` in
+    summary.json shows how near. Empty without draws at other temperatures or without a target.
     """
-    draws: dict[float, list[PolicyAnswer]] = {}
-    for answer in answers:
-        # Further draws only: responses of the base arm would stand on both sides of its comparison with the control.
-        if answer.arm.startswith(f"{BASE_ARM}_") and answer.temperature is not None:
-            draws.setdefault(answer.temperature, []).append(answer)
+    draws = _group_base_draws(answers)
     if target_entropy is None or len(draws) < 2:
         return []
-    entropies = {temperature: compute_mean_token_entropy(answers) or 0.0 for temperature, answers in draws.items()}
+    entropies = {
+        temperature: compute_mean_token_entropy(list(itertools.chain.from_iterable(by_prompt.values()))) or 0.0
+        for temperature, by_prompt in draws.items()
+    }
     by_entropy = sorted(draws, key=entropies.__getitem__)
     cooler = [temperature for temperature in by_entropy if entropies[temperature] <= target_entropy]
     cool = cooler[-1] if cooler else by_entropy[0]
@@ -42,12 +44,24 @@ def build_control_arm(answers: Sequence[PolicyAnswer], target_entropy: float | N
     warm_share = 0.0 if entropy_gap <= 0 else (target_entropy - entropies[cool]) / entropy_gap
     warm_share = min(max(warm_share, 0.0), 1.0)
     logger.info("control: entropy=%.3f temperatures=%g,%g warm_share=%.2f", target_entropy, cool, warm, warm_share)
-    # One uniform number per response position: both temperatures have the same prompts in the same order.
-    is_warm = np.random.default_rng([seed, 86_028_121]).random(len(draws[cool])) < warm_share
-    return [
-        replace(warm_answer if chosen else cool_answer, arm=CONTROL_ARM)
-        for cool_answer, warm_answer, chosen in zip(draws[cool], draws[warm], is_warm, strict=True)
-    ]
+    rng = np.random.default_rng([seed, 86_028_121])
+    control = []
+    for prompt_id, cool_answers in draws[cool].items():
+        warm_answers = draws[warm][prompt_id]
+        count = max(len(cool_answers), len(warm_answers))
+        for position, is_warm in enumerate(rng.random(count) < warm_share):
+            source = warm_answers if is_warm else cool_answers
+            control.append(replace(source[position % len(source)], arm=CONTROL_ARM))
+    return control
+
+
+def _group_base_draws(answers: Sequence[PolicyAnswer]) -> dict[float, dict[str, list[PolicyAnswer]]]:
+    """Responses of the base by temperature and prompt. Every draw has all prompts."""
+    draws: dict[float, dict[str, list[PolicyAnswer]]] = {}
+    for answer in answers:
+        if answer.temperature is not None and (answer.arm == BASE_ARM or answer.arm.startswith(f"{BASE_ARM}_")):
+            draws.setdefault(answer.temperature, {}).setdefault(answer.prompt_id, []).append(answer)
+    return draws
 
 
 def describe_base_draw(temperature_factor: float) -> str:

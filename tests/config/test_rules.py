@@ -258,7 +258,7 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         ),
         (
             ["reward.safety.ensemble.members=[{layers: 6}, {backbone: smollm2-135m-instruct, layers: 6}]"],
-            ["reward.safety", "evaluate.simulated_users=2000"],
+            ["reward.safety", "evaluate.simulated_users=10000"],
         ),
     ],
 )

@@ -44,7 +44,8 @@ def test_every_arm_is_compared_and_the_control_has_the_entropy_of_aligned(
     assert summary["arms"]["control"]["entropy"] == pytest.approx(1.5, abs=0.2)
     assert {arm["users"] for arm in summary["arms"].values()} == {50}
     assert set(summary["comparisons"]["repeat_vs_base"]["lifts"]) == {"love", "helpfulness", "safety"}
-    assert [answer.arm for answer in result.answers].count("control") == 40
+    # Two draws of the base at its own temperature, so two positions per prompt.
+    assert [answer.arm for answer in result.answers].count("control") == 80
     write_answers(tmp_path, result.answers)
     assert read_answers(tmp_path) == result.answers
     row = json.loads((tmp_path / ANSWERS_FILE).read_text("utf-8").splitlines()[0])
