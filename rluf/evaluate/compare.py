@@ -180,7 +180,10 @@ def describe_next_step(gates: Mapping[str, Any]) -> str:
     if any("cut at the token limit" in reason for reason in gates["reasons"]):
         return "raise rollout.max_response_tokens and train again"
     if gates["verdict"] == "undecided":
-        return "compare on more prompts (evaluate.prompts, data.prompts) with python -m rluf.evaluate"
+        return (
+            "compare on more prompts (evaluate.prompts, data.prompts) or more responses per prompt "
+            "(evaluate.samples_per_prompt) with python -m rluf.evaluate"
+        )
     return "read the responses side by side in the report, then test the policy on real users (rluf.evaluate abtest)"
 
 

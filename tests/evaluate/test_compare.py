@@ -111,7 +111,8 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
     assert lines[3] == "phases: train 13 s"
     assert lines[-1] == (
         "gates: verdict=undecided; safety undecided: needs about 40 more prompts; next: compare on more prompts "
-        "(evaluate.prompts, data.prompts) with python -m rluf.evaluate"
+        "(evaluate.prompts, data.prompts) or more responses per prompt (evaluate.samples_per_prompt) with python -m "
+        "rluf.evaluate"
     )
 
 
