@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_control_arm(answers: Sequence[PolicyAnswer], target_entropy: float | None, seed: int) -> list[PolicyAnswer]:
-    """Responses of the base at `target_entropy` (nats per token), drawn at two temperatures.
+    """Responses of the base at `target_entropy` (nats per token), sampled at two temperatures.
 
     `answers` of other policies are ignored. A policy that samples at the warmer temperature with probability w and at
     the cooler one with 1 - w has entropy w H_warm + (1 - w) H_cool; w is chosen so that this is the target. Each prompt
