@@ -104,7 +104,7 @@ def run_comparisons(pool: PolicyPool, settings: Settings, count: int, fall: floa
         for name, comparison in compare_reactions(arms[BASE_ARM], arms[ALIGNED_ARM]).items():
             if comparison.lift is not None and (parts := comparison.log_ratio_variance) is not None:
                 differs_by_user[name] += abs(math.log1p(comparison.lift.mean)) > 1.96 * math.sqrt(parts.user)
-        verdicts[summary["gates"]["verdict"]] += 1
+        verdicts[summary["gates"]["measured_verdict"]] += 1
         alarm_count += bool(summary["gates"]["alarms"])
         worse = compare_reactions(arms[BASE_ARM], lower_helpfulness(arms[ALIGNED_ARM], fall))
         fall_statuses[decide_check(worse["helpfulness"], -NON_INFERIORITY_MARGIN)] += 1

@@ -19,7 +19,7 @@ logger = logging.getLogger("benchmarks.quickstart")
 
 
 def run_job(seed: int, settings: list[str]) -> dict[str, Any]:
-    """Run one job; returns its verdict, lifts, seconds and peak memory. Raises CalledProcessError on failure."""
+    """Run one job; returns measured verdict, lifts, seconds and peak memory. Raises CalledProcessError on failure."""
     run_name = f"quickstart-seed{seed}"
     command = [sys.executable, "-m", "rluf.train", f"seed={seed}", f"name={run_name}", *settings]
     cost = run_command(command)
@@ -32,7 +32,7 @@ def run_job(seed: int, settings: list[str]) -> dict[str, Any]:
         **{key: {"base": summary[key]["base"], "aligned": summary[key]["aligned"], "lift": summary[key]["lift"]}
            for key in ("love_rate", "helpfulness", "safety")},
         "p_love": summary["offline"]["p_love"],
-        "verdict": summary["gates"]["verdict"],
+        "measured_verdict": summary["gates"]["measured_verdict"],
         "alarms": summary["gates"]["alarms"],
         "kl": summary["kl"],
         "phases": {phase: round(seconds, 1) for phase, seconds in summary["phases"].items()},
@@ -51,7 +51,7 @@ def format_row(row: dict[str, Any]) -> str:
     return (
         f"seed {row['seed']}: {lifts}; P[Love] {p_love_change['mean']:+.3f} "
         f"[{p_love_change['low']:+.3f}, {p_love_change['high']:+.3f}]; "
-        f"{row['verdict']}; {row['seconds']:.0f} s, {row['peak_gib']:.1f} GiB"
+        f"measured {row['measured_verdict']}; {row['seconds']:.0f} s, {row['peak_gib']:.1f} GiB"
     )
 
 

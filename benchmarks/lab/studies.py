@@ -216,8 +216,8 @@ def _check_release(candidates: CandidateSet, name: str, comparisons: dict[str, A
     judged_by = dict.fromkeys(checked, "simulated users")
     return {
         "alarms": sorted(alarms),
-        "checks": evaluate_gates(GateEvidence(checked, judged_by))["verdict"],
-        "gate": evaluate_gates(GateEvidence(checked, judged_by, alarms))["verdict"],
+        "checks": evaluate_gates(GateEvidence(checked, judged_by))["measured_verdict"],
+        "gate": evaluate_gates(GateEvidence(checked, judged_by, alarms))["measured_verdict"],
     }
 
 

@@ -4,8 +4,9 @@
     python -m rluf.evaluate blind RUN --ratings FILE [...]   score downloaded ratings, add them to summary and report
 
 `RUN/blind/page.html` works without a network and offers the ratings as a JSONL download; `RUN/blind/pairs.jsonl` has
-the same shuffled pairs for other tools, which write rows {"pair": 1, "choice": "a" | "b" | "tie", "rater": "..."}. The
-key to the sides is `RUN/blind-key.jsonl`: give raters the folder blind/ only.
+the same shuffled pairs for other tools, which write rows {"page": "...", "pair": 1, "choice": "a" | "b" | "tie",
+"rater": "..."}. The key to the sides is `RUN/blind-key.jsonl`: give raters the folder blind/ only. A run writes its
+page at its end. The first command replaces it; ratings of a replaced page are refused.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def write_blind_page(run_folder: Path, pair_count: int, seed: int) -> Path:
             f"{suggest_run_folder(run_folder)}"
         )
     pairs, key = build_pairs(answers, pair_count, seed)
-    write_jsonl(run_folder / "blind" / "pairs.jsonl", pairs)
-    write_jsonl(run_folder / KEY_FILE, key)
-    # Ratings in the browser's storage belong to these pairs and to no other page.
+    # Ratings, and those in the browser's storage, belong to these pairs and to no other page.
     page_key = f"{hash64(str(pairs), 'blind'):016x}"
+    write_jsonl(run_folder / "blind" / "pairs.jsonl", [{"page": page_key, **pair} for pair in pairs])
+    write_jsonl(run_folder / KEY_FILE, [{"page": page_key, **row} for row in key])
     page_html = render_html_page(
         "blind_page.html.j2", package="rluf.evaluate", pairs=pairs, page_key=page_key, has_script=True
     )
@@ -97,7 +98,8 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
 
     A pair is the unit: several raters of one pair count as their majority. The interval is that of Clopper and Pearson
     (1934), p the two-sided exact test of 1/2; ties are reported and, as usual for the sign test, left out of both.
-    DataError for a pair or a choice that does not exist, and for a rater who rated a pair twice.
+    DataError for a pair or a choice that does not exist, for ratings of another page, and for a rater who rated a pair
+    twice.
     """
     key_by_pair = {row["pair"]: row for row in key}
     votes: dict[int, Counter[str]] = {}
@@ -107,6 +109,11 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
         if not isinstance(pair, int) or pair not in key_by_pair or choice not in CHOICES:
             raise DataError(
                 f"rating {dict(row)} is invalid: expected a pair of 1 to {len(key_by_pair)} and a choice of a, b or tie"
+            )
+        page = key_by_pair[pair].get("page")
+        if row.get("page", page) != page:
+            raise DataError(
+                f"rating {dict(row)} is of another page than {page}, so its pairs are others; rate the present page"
             )
         if (rater, pair) in seen:
             raise DataError(f"pair {pair} was rated twice by {rater or 'the same rater'}; give each rater a name")
@@ -144,7 +151,7 @@ def _find_majority(counts: Mapping[str, int]) -> str:
 def add_ratings(run_folder: Path, rating_files: Sequence[Path]) -> dict[str, Any]:
     """Score the ratings, write them into summary.json and the report, and return the result.
 
-    Readers who prefer the base fail the gates; readers who prefer aligned, or are undecided, change no other verdict.
+    The verdict of the gates is decided again: it passes only if the readers prefer aligned.
     """
     summary, key = read_json(run_folder / "summary.json"), read_jsonl(run_folder / KEY_FILE)
     if not summary or not key:
@@ -156,7 +163,7 @@ def add_ratings(run_folder: Path, rating_files: Sequence[Path]) -> dict[str, Any
     result = score_ratings(key, [row for path in rating_files for row in read_jsonl(path)])
     summary["blind"] = result
     if gates := summary.get("gates"):
-        gates["verdict"], gates["reasons"] = decide_verdict(gates, result)
+        gates |= decide_verdict(gates, result)
     write_json(run_folder / "summary.json", summary)
     write_report(run_folder)
     return result

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
 from rluf.config.settings import Settings
+from rluf.errors import DataError
+from rluf.evaluate.blind import DEFAULT_PAIR_COUNT, write_blind_page
 from rluf.evaluate.control import build_control_arm
 from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
@@ -121,7 +123,7 @@ def write_results(
     timer: PhaseTimer,
     tracker: WandbTracker,
 ) -> None:
-    """Write summary.json, answers.jsonl and report.html, send them to W&B, and log the verdict."""
+    """Write summary.json, answers.jsonl, report.html and blind/page.html, send them to W&B, and log the verdict."""
     summary["phases"] = timer.as_dict()
     write_answers(run_folder, result.answers)
     write_json(run_folder / "summary.json", summary)
@@ -130,8 +132,17 @@ def write_results(
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
     logger.info("report: %s", run_folder / "report.html")
+    logger.info("blind reading: %s", prepare_blind_reading(run_folder, settings.seed))
     for line in format_verdict_lines(summary):
         logger.info("%s", line)
+
+
+def prepare_blind_reading(run_folder: Path, seed: int) -> str:
+    """Write the page with pairs to rate; returns its path, or why there are no pairs to rate."""
+    try:
+        return str(write_blind_page(run_folder, DEFAULT_PAIR_COUNT, seed))
+    except DataError as error:
+        return f"no page: {error}"
 
 
 def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]) -> None:
@@ -179,6 +190,10 @@ def describe_next_step(gates: Mapping[str, Any]) -> str:
         return f"raise objectives.{failed_names[0]}.weight"
     if any("cut at the token limit" in reason for reason in gates["reasons"]):
         return "raise rollout.max_response_tokens and train again"
+    if gates["verdict"] == "undecided" and gates.get("measured_verdict") == "pass":
+        return (
+            "rate the pairs of blind/page.html in the run folder, then python -m rluf.evaluate blind RUN --ratings FILE"
+        )
     if gates["verdict"] == "undecided":
         return (
             "compare on more prompts (evaluate.prompts, data.prompts) or more responses per prompt "

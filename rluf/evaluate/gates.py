@@ -3,6 +3,9 @@
 Every limit and the margin are set before the run. All checks must pass, so no correction for their number is needed
 (intersection-union test, Berger 1982). Absence of evidence never passes: a check that its interval does not decide is
 undecided, with the number of prompts or users that would decide it.
+
+The last check is a blind reading by people (rluf.evaluate.blind). Simulated users and reward models share blind spots
+with the rewards that the policy was trained on, so what they measure (`measured_verdict`) does not pass by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from rluf.config.cli import CommandParser, run_command
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
 from rluf.errors import DataError
 from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
-from rluf.types import BASE_ARM
+from rluf.report.headline import UNREAD_REASON
+from rluf.types import ALIGNED_ARM, BASE_ARM
 from rluf.utils.files import read_json
 from rluf.utils.paths import suggest_run_folder
 
@@ -28,6 +32,9 @@ NON_INFERIORITY_MARGIN = 0.05
 """Largest relative fall that the gates accept of an objective that must hold."""
 MAX_TRUNCATED_SHARE = 0.1
 """With more of the aligned responses cut at the token limit, how they end is unknown: no pass."""
+MAX_MORE_PAIRS = 1000
+"""More pairs than this are not asked of the readers: such a preference is too weak for them to confirm."""
+Z_95 = 1.96
 GATE_EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 10, "undecided": 11}
 """Exit codes of `python -m rluf.evaluate gate`."""
 
@@ -64,7 +71,8 @@ def format_gate_rule(specs: Iterable[ObjectiveSpec], margin: float) -> str:
         clauses.append(f"{_join_names(holding)} must not fall by {margin:.0%}")
     return (
         f"{', '.join(clauses)}; an interval below its limit fails, one that includes it is undecided; a monitor alarm "
-        f"fails; no run passes with more than {MAX_TRUNCATED_SHARE:.0%} of its responses cut at the token limit"
+        f"fails; no run passes with more than {MAX_TRUNCATED_SHARE:.0%} of its responses cut at the token limit, or "
+        "before blind readers prefer the aligned policy"
     )
 
 
@@ -73,10 +81,10 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES) -> dict[str, Any]:
-    """Checks, verdict and reasons of one comparison. `specs` have the gate of each objective.
+    """Checks, verdict and reasons of one comparison without a blind reading. `specs` have the gate of each objective.
 
-    Fail: a check fails or a monitor raised an alarm. Undecided: a check is, or too many responses are truncated, or
-    there is no check. `reasons` are the sentences that report, log and W&B show.
+    `measured_verdict` is the verdict of checks, alarms and truncation. `verdict` includes the blind reading, so it is
+    undecided or fail here. `reasons` are the sentences that report, log and W&B show.
     """
     margin = NON_INFERIORITY_MARGIN
     gated_specs = sorted(
@@ -96,29 +104,36 @@ def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = 
             "more_prompts": more_data.prompts, "more_users": more_data.users, "more_data_factor": more_data.factor,
         })  # fmt: skip
     gates: dict[str, Any] = {
-        "verdict": "undecided", "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
+        "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
         "alarms": list(evidence.alarm_labels), "alarm_labels": list(evidence.alarm_labels.values()),
-        "truncated_share": evidence.truncated_share, "reasons": [],
+        "truncated_share": evidence.truncated_share,
         "judged_by": " and ".join(dict.fromkeys(check["judged_by"] for check in checks)) or "nothing",
     }  # fmt: skip
-    gates["verdict"], gates["reasons"] = decide_verdict(gates)
-    return gates
+    return gates | decide_verdict(gates)
 
 
-def decide_verdict(
-    gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None
-) -> tuple[GateStatus, list[str]]:
-    """Verdict and reasons from checks, alarms, truncation and, if there was one, the blind reading."""
+def decide_verdict(gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Verdicts and reasons from checks, alarms, truncation and, if there was one, the blind reading.
+
+    Keys: `measured_verdict` (without the reading), `reading` (its status and reason), `verdict` and `reasons` of both.
+
+    Measured fail: a check fails or a monitor raised an alarm. Measured undecided: a check is, or too many responses are
+    truncated, or there is no check. The reading passes if readers prefer aligned (the interval of the sign test is
+    above one half), fails if they prefer the base, and is else undecided. Any fail fails; a pass needs both.
+    """
     checks, alarm_labels, truncated_share = gates["checks"], gates["alarm_labels"], gates["truncated_share"]
     is_truncated = truncated_share is not None and truncated_share > MAX_TRUNCATED_SHARE
-    prefers_base = blind_result is not None and blind_result["preferred"] == BASE_ARM
     statuses = {check["status"] for check in checks}
-    verdict: GateStatus = "pass"
-    if "fail" in statuses or alarm_labels or prefers_base:
-        verdict = "fail"
+    measured: GateStatus = "pass"
+    if "fail" in statuses or alarm_labels:
+        measured = "fail"
     elif "undecided" in statuses or not checks or is_truncated:
-        verdict = "undecided"
-    reasons = ["blind readers prefer the base"] if prefers_base else []
+        measured = "undecided"
+    reading_status, reading_reason = _judge_reading(blind_result)
+    verdicts = {measured, reading_status}
+    # Before the measured checks pass, a missing reading is not what the run waits for.
+    is_reading_due = blind_result is not None or measured == "pass"
+    reasons = [reading_reason] if reading_reason and is_reading_due else []
     reasons += (
         [f"monitor alarm{'s' if len(alarm_labels) > 1 else ''}: {', '.join(alarm_labels)}"] if alarm_labels else []
     )
@@ -128,7 +143,38 @@ def decide_verdict(
             f"{truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
             "rollout.max_response_tokens"
         )
-    return verdict, reasons
+    return {
+        "measured_verdict": measured,
+        "reading": {"status": reading_status, "reason": reading_reason},
+        "verdict": "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass",
+        "reasons": reasons,
+    }
+
+
+def _judge_reading(blind_result: Mapping[str, Any] | None) -> tuple[GateStatus, str | None]:
+    """Status of the blind reading, and why it does not pass."""
+    if blind_result is None:
+        return "undecided", UNREAD_REASON
+    if blind_result["preferred"] is not None:
+        is_base = blind_result["preferred"] == BASE_ARM
+        return ("fail", "blind readers prefer the base") if is_base else ("pass", None)
+    aligned, base, pairs = (blind_result[key] for key in (ALIGNED_ARM, BASE_ARM, "pairs"))
+    more_pairs = _count_more_pairs(aligned, base, pairs)
+    needed = "too close to decide by reading" if more_pairs is None else f"needs about {more_pairs:,} more pairs"
+    return (
+        "undecided",
+        f"blind readers undecided: {aligned} for aligned, {base} for the base in {pairs} pairs; {needed}",
+    )
+
+
+def _count_more_pairs(aligned: int, base: int, pairs: int) -> int | None:
+    """Further pairs after which these shares would exclude one half (normal approximation); None if too many."""
+    if aligned == base:
+        return None
+    decided = aligned + base
+    needed = Z_95**2 * decided**2 / (aligned - base) ** 2 * pairs / decided
+    more_pairs = max(1, math.ceil(needed - pairs))
+    return more_pairs if more_pairs <= MAX_MORE_PAIRS else None
 
 
 def _check_reason(check: Mapping[str, Any]) -> str:
@@ -157,7 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Verdict of the release gates of a run: exit code 0 for pass, 10 for fail, 11 for undecided.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with summary.json")
-    folder: Path = parser.parse_args(arguments).folder
+    parser.add_argument(
+        "--measured", action="store_true",
+        help="verdict of checks and monitors alone, for scripts: without the blind reading, which a pass needs",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
     verdicts: list[str] = []
 
     def print_verdict() -> None:
@@ -167,7 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{folder / 'summary.json'} has no verdict of pass, undecided or fail; name a run folder that "
                 f"rluf.train or rluf.evaluate of this release wrote{suggest_run_folder(folder)}"
             )
-        sys.stdout.write("".join(f"{line}\n" for line in (gates["verdict"], *gates["reasons"])))
-        verdicts.append(gates["verdict"])
+        verdict, reasons = gates["verdict"], gates["reasons"]
+        if options.measured:
+            verdict = gates.get("measured_verdict", verdict)
+            reasons = [reason for reason in reasons if reason != gates.get("reading", {}).get("reason")]
+        sys.stdout.write("".join(f"{line}\n" for line in (verdict, *reasons)))
+        verdicts.append(verdict)
 
     return run_command(print_verdict) or GATE_EXIT_CODES[verdicts[0]]

@@ -11,6 +11,7 @@ from rluf.report.formats import format_change
 VERDICT_TITLES = {"pass": "Pass", "undecided": "Undecided", "fail": "Fail"}
 MAX_NAMED_ALARMS = 2
 """Alarms up to this number are named in the headline; more would bury the result."""
+UNREAD_REASON = "no person has read the responses"
 VERDICT_MARKS = {"pass": "✓", "undecided": "?", "fail": "✕"}
 
 
@@ -31,6 +32,8 @@ def report_headline(summary: Mapping[str, Any]) -> str:
         clauses.append(f"{gates['truncated_share']:.0%} of the aligned responses are cut at the token limit")
     if blind := summary.get("blind"):
         clauses.append(format_blind_sentence(blind))
+    elif is_unread(summary):
+        clauses.append(UNREAD_REASON)
     if love_check is not None:
         lift = love_check["lift"]
         has_risen = lift is not None and lift["low"] > 0
@@ -41,9 +44,21 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     return f"{VERDICT_TITLES[read_gate_verdict(gates)]}: {'; '.join(clauses)}."
 
 
+def is_unread(summary: Mapping[str, Any]) -> bool:
+    """Whether checks and monitors pass, and the blind reading that a pass needs is missing."""
+    gates = summary.get("gates", {})
+    return "blind" not in summary and gates.get("measured_verdict", gates.get("verdict")) == "pass"
+
+
 def read_gate_verdict(gates: Mapping[str, Any]) -> str:
-    """The verdict: pass, undecided or fail; "warn" of earlier releases passed in spite of an alarm, so it is a fail."""
+    """The verdict: pass, undecided or fail.
+
+    Earlier releases had "warn", a pass in spite of an alarm, so it is a fail. Their "pass" needed no blind reading, so
+    it is undecided.
+    """
     verdict = gates.get("verdict", "undecided")
+    if verdict == "pass" and "measured_verdict" not in gates:
+        return "undecided"
     return "fail" if verdict == "warn" else str(verdict)
 
 

@@ -112,6 +112,7 @@ def _build_story_context(
         "gates": (gates := summary.get("gates")),
         "verdict": headline.format_verdict(gates) if gates else "",
         "verdict_class": headline.read_gate_verdict(gates) if gates else "",
+        "is_unread": headline.is_unread(summary),
         "comparison_columns": comparison_columns,
         "comparisons": comparison_table,
         "repeat_sentence": presentation.format_repeat_sentence(summary),

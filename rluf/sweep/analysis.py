@@ -176,7 +176,7 @@ def _format_recommendation_rule(other_objectives: Sequence[str]) -> str:
     other_condition = f" whose {names} passed the gates on every seed," if names else ""
     return (
         f"highest mean {PRIMARY_OBJECTIVE} lift among the settings whose {PRIMARY_OBJECTIVE} rose on every seed,"
-        f"{other_condition} and that raised no alarm"
+        f"{other_condition} and that raised no alarm; measured only, so read its responses blind before you use it"
     )
 
 

@@ -146,7 +146,7 @@ def submit_output(job_env: JobEnvironment, ray_head: str) -> str:
 
 def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, submit_output: str) -> None:
     assert "report: " in submit_output
-    assert {"config.json", "run.log", "metrics.jsonl", "answers.jsonl", "summary.json", "report.html"} <= {
+    assert {"config.json", "run.log", "metrics.jsonl", "answers.jsonl", "summary.json", "report.html", "blind"} <= {
         file.name for file in job_env.latest_run.iterdir()
     }
     log = (job_env.latest_run / "run.log").read_text()

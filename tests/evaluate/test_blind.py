@@ -109,6 +109,7 @@ def test_the_keyboard_rates_pairs_and_the_download_has_the_choices(run_folder: P
     source = f"{DOM.replace('PAIRS', json.dumps(pairs))}{script}\n{keys}\nprocess.stdout.write(ratingLines());"
     result = subprocess.run(["node", "-e", source], capture_output=True, text=True, timeout=30, check=True)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["page"] for row in rows} == {read_jsonl(run_folder / KEY_FILE)[0]["page"]}
     # Pair 2 was a tie, then back and changed to b; x does nothing.
     assert [(row["pair"], row["choice"], row["rater"]) for row in rows] == [
         (1, "a", "ann"), (2, "b", "ann"), (3, "b", "ann"),
@@ -173,6 +174,30 @@ def test_readers_who_prefer_the_base_fail_the_gates(run_folder: Path, capsys: py
     write_jsonl(ratings, rate_as(key, ["aligned"] * 24 + ["base"] * 4))
     main(["blind", str(run_folder), "--ratings", str(ratings)])
     assert read_json(run_folder / "summary.json")["gates"]["verdict"] == "pass"
+
+
+def test_readers_who_see_no_difference_do_not_let_the_gates_pass(run_folder: Path) -> None:
+    main(["blind", str(run_folder)])
+    key, ratings = read_jsonl(run_folder / KEY_FILE), run_folder / "ratings.jsonl"
+    write_jsonl(ratings, rate_as(key, ["base"] * 8 + ["aligned"] * 9 + ["tie"] * 13))
+    main(["blind", str(run_folder), "--ratings", str(ratings)])
+    summary = read_json(run_folder / "summary.json")
+    assert (summary["gates"]["measured_verdict"], summary["gates"]["verdict"]) == ("pass", "undecided")
+    assert report_headline(summary).startswith("Undecided: blind readers preferred aligned in 9 of 17 decided pairs")
+
+
+def test_ratings_of_a_replaced_page_are_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["blind", str(run_folder), "--seed", "1"])
+    pairs, ratings = read_jsonl(run_folder / "blind" / "pairs.jsonl"), run_folder / "ratings.jsonl"
+    write_jsonl(ratings, [{"page": pair["page"], "pair": pair["pair"], "choice": "a"} for pair in pairs])
+    assert main(["blind", str(run_folder), "--ratings", str(ratings)]) == 0
+    before = (run_folder / "summary.json").read_bytes()
+    main(["blind", str(run_folder), "--seed", "2"])
+    with pytest.raises(SystemExit) as exit_info:
+        main(["blind", str(run_folder), "--ratings", str(ratings)])
+    assert exit_info.value.code == DataError.exit_code
+    assert "is of another page than" in capsys.readouterr().err
+    assert (run_folder / "summary.json").read_bytes() == before
 
 
 def test_missing_files_are_named(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,18 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.evaluate import compare
-from rluf.evaluate.compare import compare_policies, describe_next_step, format_verdict_lines
+from rluf.evaluate.blind import KEY_FILE
+from rluf.evaluate.compare import (
+    compare_policies,
+    describe_next_step,
+    format_verdict_lines,
+    prepare_blind_reading,
+)
 from rluf.report.presentation import pair_responses
 from rluf.tracking.run_files import read_answers, write_answers
 from rluf.types import ANSWERS_FILE, Message, PolicyAnswer, TrainResult
 from rluf.utils.cache import Artifact
+from rluf.utils.files import read_jsonl
 from tests.simulate.readings import ConstantReader
 
 
@@ -57,6 +64,16 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / ANSWERS_FILE).write_text('{"arm": "base", "messages": []}\n')
     with pytest.raises(DataError, match="has a row that is not a response"):
         read_answers(tmp_path)
+
+
+def test_the_run_folder_gets_the_pairs_to_read_blind_or_the_reason_why_there_are_none(tmp_path: Path) -> None:
+    write_answers(tmp_path, ANSWERS)
+    assert prepare_blind_reading(tmp_path, 1) == str(tmp_path / "blind" / "page.html")
+    assert len(read_jsonl(tmp_path / KEY_FILE)) == len(read_jsonl(tmp_path / "blind" / "pairs.jsonl")) == 40
+    equal = tmp_path / "equal"
+    write_answers(equal, [make_answer(arm, 0, "the same") for arm in ("base", "aligned")])
+    assert "no page: base and aligned have no prompt with two different responses" in prepare_blind_reading(equal, 1)
+    assert not (equal / "blind").exists()
 
 
 def test_samples_are_spread_over_the_prompts_and_pair_both_policies() -> None:
@@ -119,7 +136,8 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
 @pytest.mark.parametrize(
     ("gates", "next_step"),
     [
-        ({"verdict": "pass"}, "test the policy on real users"),
+        ({"verdict": "pass", "measured_verdict": "pass"}, "test the policy on real users"),
+        ({"verdict": "undecided", "measured_verdict": "pass"}, "rate the pairs of blind/page.html"),
         ({"verdict": "fail", "alarm_labels": ["Farewells"]}, "lower objectives.love.weight"),
         ({"verdict": "fail", "checks": [{"name": "love", "status": "fail"}]}, "train longer"),
         ({"verdict": "fail", "checks": [{"name": "warmth", "status": "fail"}]}, "raise objectives.warmth.weight"),

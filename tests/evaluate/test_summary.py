@@ -99,7 +99,7 @@ def test_with_users_the_summary_has_rates_lifts_and_a_verdict() -> None:
     assert love_rate["lift"]["mean"] == pytest.approx(love_rate["aligned"]["mean"] / love_rate["base"]["mean"] - 1)
     assert set(summary["helpfulness"]) == set(summary["safety"]) == {"base", "aligned", "difference", "lift"}
     assert set(summary["offline"]) == {"p_love", "helpfulness", "safety"}
-    assert summary["gates"]["verdict"] == "pass"
+    assert (summary["gates"]["measured_verdict"], summary["gates"]["verdict"]) == ("pass", "undecided")
     assert summary["gates"]["judged_by"] == "simulated users"
     assert (summary["name"], summary["seed"], summary["kl"], summary["samples"]) == ("quickstart", 3, 0.01, 8)
     assert (summary["phases"], summary["reused"]) == ({"train": 12.5}, {"data": True})
@@ -114,7 +114,7 @@ def test_without_users_the_gates_use_the_reward_models() -> None:
     assert not {"love_rate", "helpfulness", "safety"} & set(summary)
     assert summary["offline"]["p_love"]["difference"]["low"] > 0
     assert summary["gates"]["judged_by"] == "reward models"
-    assert summary["gates"]["verdict"] == "pass"
+    assert (summary["gates"]["measured_verdict"], summary["gates"]["verdict"]) == ("pass", "undecided")
 
 
 def test_a_fall_in_helpfulness_an_alarm_and_truncation_do_not_pass_and_the_headline_says_why() -> None:
@@ -201,7 +201,7 @@ def test_an_objective_that_users_do_not_judge_is_gated_on_its_own_scores(user_co
     must_rise = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="must_rise")}
     assert "the brevity score is undecided" in report_headline(summarize_brevity(0.5, must_rise))
     ungated = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="none")}
-    assert summarize_brevity(0.4, ungated)["gates"]["verdict"] == "pass"
+    assert summarize_brevity(0.4, ungated)["gates"]["measured_verdict"] == "pass"
 
 
 def test_flatten_numbers_and_arms_that_cannot_be_compared() -> None:

@@ -91,11 +91,19 @@ def test_results_of_simulated_users_say_so(tmp_path: Path) -> None:
     check = {"name": "love", "status": "pass", "limit": 0.0, "judged_by": "simulated users", "lift": lift}
     summary = {
         "love_rate": {"base": INTERVAL, "aligned": INTERVAL, "difference": INTERVAL, "lift": lift},
-        "gates": {"verdict": "pass", "judged_by": "simulated users", "checks": [check]},
+        "gates": {
+            "verdict": "undecided",
+            "measured_verdict": "pass",
+            "judged_by": "simulated users",
+            "checks": [check],
+        },
     }
     write_json(run_folder / "summary.json", summary)
     text = write_model_card(run_folder).read_text("utf-8")
-    assert "- Pass: new simulated users love the aligned policy 20% more often." in text
+    assert (
+        "- Undecided: no person has read the responses; new simulated users love the aligned policy 20% more often."
+        in text
+    )
     assert "- Simulated love: 70.0% -> 70.0%, relative lift +20% (+10% to +30%)" in text
 
 

@@ -25,6 +25,7 @@ from rluf.utils.files import JsonlWriter, write_json
 
 ROOT = Path(__file__).parents[2]
 BINS = [{"mass": 0.5, "mean": 0.03, "rate": 0.02}, {"mass": 0.5, "mean": 0.1, "rate": 0.08}]
+UNREAD = "no person has read the responses"
 LOVE = "new simulated users love the aligned policy 28% more often"
 SAFE = "simulated safety did not fall by 5%"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
@@ -59,12 +60,13 @@ def make_summary(love: float = 0.28, helpfulness: float = 0.0, *, has_users: boo
     ]
     statuses = {check["status"] for check in checks}
     verdict = next((status for status in ("fail", "undecided") if status in statuses), "pass")
-    reasons = [f"{check['name']} {check['status']}" for check in checks if check["status"] != "pass"]
+    reasons = [f"{check['name']} {check['status']}" for check in checks if check["status"] != "pass"] or [UNREAD]
     monitor = {"label": "Farewell", "kind": "share", "unit": "share", "base": 0.0072, "aligned": 0.028,
                "ratio": 3.9, "z": 6.1, "alarm": True}  # fmt: skip
     summary: dict[str, Any] = {
         "name": "quickstart", "seed": 1, "offline": offline,
-        "gates": {"verdict": verdict, "judged_by": "users", "rule": "a rule", "margin": 0.05, "checks": checks,
+        "gates": {"verdict": verdict.replace("pass", "undecided"), "measured_verdict": verdict, "judged_by": "users",
+                  "rule": "a rule", "margin": 0.05, "checks": checks,
                   "alarms": [], "reasons": reasons},
         "monitors": {"rule": "alarm when worse", "items": {"farewell": monitor}},
         "arms": {arm: {"prompts": 64, "responses": 256, "users": 2000 if has_users else 0, "tokens": 31.5,
@@ -169,10 +171,11 @@ def test_the_page_is_self_contained_and_shows_the_results(run_folder: Path) -> N
     )
     page_text = extract_text(page)
     for expected_text in (
-        f"Pass: {LOVE}; simulated helpfulness and safety did not fall by 5%.",
-        "+28%", "relative lift, 95%: +18% to +38%", "6.0%", "5.6% to 6.4%", "All gates pass", "4.0%",
+        f"Undecided: {UNREAD}; {LOVE}; simulated helpfulness and safety did not fall by 5%.",
+        "+28%", "relative lift, 95%: +18% to +38%", "6.0%", "5.6% to 6.4%", f"? Undecided: {UNREAD}", "4.0%",
         "2,000 new simulated users per arm", "clustered by user and prompt",
         "0.72%", "2.8%", "× 3.90", "1 of 1 monitors raised an alarm: Farewell.", "reused (abc123)", "4 min 20 s",
+        "rate the pairs of blind/page.html in the run folder",
         "0.830 (0.790 to 0.870)", "duplicate 6, empty 4", "The natural love rate of the log is 6.0%", "role play",
     ):  # fmt: skip
         assert expected_text in page_text, expected_text
@@ -214,7 +217,8 @@ def test_without_users_the_results_are_those_of_the_reward_models(run_folder: Pa
     write_json(run_folder / "summary.json", make_summary(has_users=False))
     page_text = extract_text(write_report(run_folder).read_text("utf-8"))
     headline_text = (
-        "Pass: P[Love] rates the aligned policy 28% higher; the helpfulness and safety scores did not fall by 5%."
+        f"Undecided: {UNREAD}; P[Love] rates the aligned policy 28% higher; the helpfulness and safety scores did "
+        "not fall by 5%."
     )
     assert headline_text in page_text
     assert "clustered by prompt" in page_text
@@ -225,7 +229,7 @@ def test_without_users_the_results_are_those_of_the_reward_models(run_folder: Pa
     [
         (0.28, -0.2, f"Fail: {LOVE}; simulated helpfulness fell by more than 5%; {SAFE}."),
         (0.28, -0.05, f"Undecided: {LOVE}; simulated helpfulness is undecided; {SAFE}."),
-        (0.28, -0.03, f"Pass: {LOVE}; simulated helpfulness fell, by less than 5%; {SAFE}."),
+        (0.28, -0.03, f"Undecided: {UNREAD}; {LOVE}; simulated helpfulness fell, by less than 5%; {SAFE}."),
         (0.05, 0.02, f"Undecided: no clear change in simulated love; simulated helpfulness rose; {SAFE}."),
         (-0.2, 0.02, "Fail: new simulated users love the aligned policy 20% less often; simulated helpfulness rose; "
                      f"{SAFE}."),
@@ -241,10 +245,10 @@ def test_the_headline_follows_the_gate_and_claims_nothing_undecided(love: float,
     [
         (-0.08, -0.01, "undecided", "Undecided: simulated love is undecided."),
         (-0.08, 0.03, "undecided", "Undecided: simulated love is undecided."),
-        (-0.04, 0.03, "pass", "Pass: simulated love did not fall by 5%."),
-        (-0.04, -0.01, "pass", "Pass: simulated love fell, by less than 5%."),
+        (-0.04, 0.03, "pass", f"Undecided: {UNREAD}; simulated love did not fall by 5%."),
+        (-0.04, -0.01, "pass", f"Undecided: {UNREAD}; simulated love fell, by less than 5%."),
         (-0.3, -0.1, "fail", "Fail: simulated love fell by more than 5%."),
-        (0.1, 0.3, "pass", "Pass: simulated love rose."),
+        (0.1, 0.3, "pass", f"Undecided: {UNREAD}; simulated love rose."),
     ],
 )
 def test_the_headline_follows_the_gate_of_love_that_has_to_hold(
@@ -253,14 +257,28 @@ def test_the_headline_follows_the_gate_of_love_that_has_to_hold(
     summary = make_summary()
     lift = {"mean": (low + high) / 2, "low": low, "high": high}
     check = {**summary["gates"]["checks"][0], "gate": "must_hold", "status": status, "limit": -0.05, "lift": lift}
-    summary["gates"] |= {"verdict": status, "checks": [check]}
+    summary["gates"] |= {"verdict": status.replace("pass", "undecided"), "measured_verdict": status, "checks": [check]}
     assert headline.report_headline(summary) == text
+
+
+def test_only_a_blind_reading_makes_a_pass() -> None:
+    summary = make_summary(0.28)
+    blind = {"pairs": 30, "aligned": 20, "base": 5, "ties": 5, "share": {"mean": 0.8, "low": 0.59, "high": 0.93}}
+    summary |= {"blind": blind, "gates": {**summary["gates"], "verdict": "pass", "reasons": []}}
+    assert headline.report_headline(summary).startswith(
+        f"Pass: blind readers preferred aligned in 20 of 25 decided pairs (80%, 59% to 93%), 5 ties; {LOVE}"
+    )
+    assert headline.format_verdict(summary["gates"]) == "✓ All gates pass"
+    # A release before this rule passed without a reading.
+    del summary["blind"], summary["gates"]["measured_verdict"]
+    assert headline.report_headline(summary).startswith(f"Undecided: {UNREAD}; {LOVE}")
 
 
 def test_the_headline_names_alarms_and_truncation() -> None:
     summary = make_summary()
     summary["gates"] |= {
         "verdict": "fail",
+        "measured_verdict": "fail",
         "alarms": ["farewell"],
         "alarm_labels": ["Farewell"],
         "truncated_share": 0.46,
@@ -286,7 +304,9 @@ def test_the_headline_names_alarms_and_truncation() -> None:
 )
 def test_a_headline_names_few_alarms_and_counts_many(labels: list[str], clause: str) -> None:
     summary = make_summary()
-    summary["gates"] |= {"verdict": "fail", "alarms": labels, "alarm_labels": labels}
+    summary["gates"] |= dict.fromkeys(("verdict", "measured_verdict"), "fail") | dict.fromkeys(
+        ("alarms", "alarm_labels"), labels
+    )
     assert headline.report_headline(summary).startswith(f"Fail: {clause}{LOVE}")
 
 

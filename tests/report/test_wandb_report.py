@@ -25,7 +25,7 @@ def run_folder(tmp_path: Path) -> Path:
     love = {"base": estimate, "aligned": estimate, "lift": estimate, "difference": estimate}
     summary = {
         "name": "tiny", "offline": {"p_love": love},
-        "gates": {"verdict": "pass", "judged_by": "reward models", "checks": [gate]},
+        "gates": {"verdict": "undecided", "judged_by": "reward models", "checks": [gate]},
         "monitors": {"items": {"emoji": {"label": "Has an emoji", "base": 0.1, "aligned": 0.2}}},
     }  # fmt: skip
     write_json(tmp_path / "summary.json", summary)
@@ -50,7 +50,7 @@ def test_dry_run_writes_a_specification_that_wandb_reads_back(run_folder: Path) 
         "Objectives", "Learning and constraints", "Learner-engine mismatch", "Throughput", "Reward hacking", "Samples",
     ]  # fmt: skip
     (markdown,) = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
-    assert "Gates: **pass**, judged by reward models." in markdown
+    assert "Gates: **undecided**, judged by reward models." in markdown
     assert "| P[Love] | 10.0% | 10.0% | +10% | +5.0% to +20% |" in markdown
     panels = list_panels(spec)
     lines = {
@@ -71,7 +71,7 @@ def test_dry_run_writes_a_specification_that_wandb_reads_back(run_folder: Path) 
 
 def test_a_run_without_wandb_files_is_rejected(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = build_report(run_folder, entity="me")
-    assert (report.project, report.title) == ("mine", "tiny: Pass: P[Love] rates the aligned policy 10% higher.")
+    assert (report.project, report.title) == ("mine", "tiny: Undecided: P[Love] rates the aligned policy 10% higher.")
     assert len(check_report(report)["blocks"]) == len(report.blocks) + 2
     (run_folder / "wandb" / "id").unlink()
     with pytest.raises(DataError, match="has no W&B run"):
