@@ -9,7 +9,8 @@ divided by the square root of the tokens, the log-probability that the turn ends
 between 5 and 200. `states` is the head without them. `weight` is the scale of the further features relative to a hidden
 state's, since the regularization is the same for all. Prints one JSON line per head: accuracy by source, as in
 human.py, and the agreement with 60 pairs of a short right and a long wrong answer (benchmarks/short_right_pairs.jsonl),
-for which each head is fitted on all prompts.
+for which each head is fitted on all prompts. `counterfactuals` adds the rows of debias (rluf.reward.counterfactuals) to
+the training folds; `prompt_fit` is the share of good responses above the copies made from them, by kind.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,15 @@ from human import (
     compute_metrics,
     read_raw_rows,
     score_out_of_fold,
+    select_training_rows,
+    summarize_prompt_fit,
 )
 
 from rluf.config.load import load_settings
 from rluf.config.run import READER_MODEL
 from rluf.models.hub import resolve_model
 from rluf.reward.backbone import enable_fast_cpu_matmul
+from rluf.reward.counterfactuals import make_training_copies
 from rluf.reward.linear_probe import fit_probe
 from rluf.reward.metrics import round_for_json
 from rluf.simulate.reader_model import ReaderModel, Reading
@@ -51,16 +56,32 @@ READING_PART_ROWS = 200
 """Responses that are read between two lines of progress."""
 MIN_WORDS, MAX_WORDS = 5, 200
 LENGTH_COLUMN = 5
-HEADS: Mapping[str, tuple[bool, tuple[int, ...], int]] = {
-    "states": (True, (), 1),
-    "likelihoods": (False, (0, 1, 2, 3, 4), 1),
-    "likelihoods, length": (False, (0, 1, 2, 3, 4, LENGTH_COLUMN), 1),
-    "states, likelihoods, weight 1": (True, (0, 1, 2, 3, 4), 1),
-    "states, likelihoods, weight 4": (True, (0, 1, 2, 3, 4), 4),
-    "states, likelihoods, weight 8": (True, (0, 1, 2, 3, 4), 8),
-    "states, likelihoods, length, weight 4": (True, (0, 1, 2, 3, 4, LENGTH_COLUMN), 4),
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a head is fitted on: hidden states or not, columns of the further features, their weight, and which rows."""
+
+    uses_states: bool
+    columns: tuple[int, ...] = ()
+    weight: int = 1
+    uses_counterfactuals: bool = False
+
+
+LIKELIHOODS = (0, 1, 2, 3, 4)
+HEADS: Mapping[str, HeadInputs] = {
+    "states": HeadInputs(True),
+    "likelihoods": HeadInputs(False, LIKELIHOODS),
+    "likelihoods, length": HeadInputs(False, (*LIKELIHOODS, LENGTH_COLUMN)),
+    "states, likelihoods, weight 1": HeadInputs(True, LIKELIHOODS),
+    "states, likelihoods, weight 4": HeadInputs(True, LIKELIHOODS, 4),
+    "states, likelihoods, weight 8": HeadInputs(True, LIKELIHOODS, 8),
+    "states, likelihoods, length, weight 4": HeadInputs(True, (*LIKELIHOODS, LENGTH_COLUMN), 4),
+    "states, counterfactuals": HeadInputs(True, uses_counterfactuals=True),
+    "likelihoods, counterfactuals": HeadInputs(False, LIKELIHOODS, uses_counterfactuals=True),
+    "states, likelihoods, weight 4, counterfactuals": HeadInputs(True, LIKELIHOODS, 4, uses_counterfactuals=True),
+    "states, likelihoods, weight 8, counterfactuals": HeadInputs(True, LIKELIHOODS, 8, uses_counterfactuals=True),
 }
-"""Name -> whether the hidden states take part, which of the further features, and their weight."""
 
 
 def build_likelihood_features(reading: Reading, response: str) -> list[float]:
@@ -90,11 +111,10 @@ def read_likelihoods(reader: ReaderModel, records: Sequence[Mapping[str, Any]]) 
     return np.asarray(features)
 
 
-def join_features(states: Floats, likelihoods: Floats, head: tuple[bool, tuple[int, ...], int]) -> Floats:
+def join_features(states: Floats, likelihoods: Floats, head: HeadInputs) -> Floats:
     """Inputs [2N, H] of a head. A column that is repeated w^2 times is regularized like one of w times its scale."""
-    uses_states, columns, weight = head
-    repeated = np.repeat(likelihoods[:, list(columns)], weight**2, axis=1)
-    return np.concatenate([states, repeated], axis=1) if uses_states else repeated
+    repeated = np.repeat(likelihoods[:, list(head.columns)], head.weight**2, axis=1)
+    return np.concatenate([states, repeated], axis=1) if head.uses_states else repeated
 
 
 def main() -> None:
@@ -114,30 +134,32 @@ def main() -> None:
         {**row, "id": f"short-{index}", "group": f"short-{index}", "weight": 1.0}
         for index, row in enumerate(read_jsonl(SHORT_RIGHT_PAIRS))
     ]
-    all_records = [*records, *short_pairs]
-    member_features, all_rows = compute_member_features(settings, "helpfulness", all_records)
+    copies, counterfactuals = make_training_copies(records, is_pairwise=True, seed=settings.seed)
     reader = ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(settings)))
-    all_likelihoods = read_likelihoods(reader, all_records)
-    log_rows = list(range(len(records)))
-    rows, log_sequences = all_rows.select_rows(log_rows), all_rows.list_sequence_indices(log_rows)
-    short_sequences = all_rows.list_sequence_indices(list(range(len(records), len(all_records))))
+    (states, *_), rows = compute_member_features(settings, "helpfulness", [*records, *copies])
+    likelihoods = read_likelihoods(reader, [*records, *copies])
+    (short_states, *_), _ = compute_member_features(settings, "helpfulness", short_pairs)
+    short_likelihoods = read_likelihoods(reader, short_pairs)
+    sources = np.asarray([copy.source_index for copy in counterfactuals], dtype=np.int64)
+    rows = replace(rows, copy_sources=sources, counterfactual_count=len(copies))
     for name, head in HEADS.items():
-        joined = join_features(member_features[0], all_likelihoods, head)
-        metrics = []
-        for split in range(args.splits):
-            _, logits = score_out_of_fold([joined[log_sequences]], rows, (), args.folds, settings.seed + split, ())
-            metrics.append(compute_metrics(records, rows, logits))
-        weights, _, strength = fit_probe(
-            joined[log_sequences], rows.labels, rows.weights, rows.clusters, is_pairwise=True, seed=settings.seed
+        joined, short_joined = (
+            join_features(*inputs, head) for inputs in ((states, likelihoods), (short_states, short_likelihoods))
         )
-        margins = np.subtract(*np.split(joined[short_sequences] @ weights, 2))
-        report = {
-            "head": name,
-            "pair_accuracy": [m["pair_accuracy"] for m in metrics],
-            "by_source": [m["by_source"] for m in metrics],
-            "short_right": float((margins > 0).mean()),
-            "strength": strength,
-        }
+        debias = ("counterfactuals",) if head.uses_counterfactuals else ()
+        report: dict[str, Any] = {"head": name, "pair_accuracy": [], "by_source": []}
+        for split in range(args.splits):
+            raw, logits = score_out_of_fold([joined], rows, counterfactuals, args.folds, settings.seed + split, debias)
+            metrics = compute_metrics(records, rows.select_originals(), logits)
+            report["pair_accuracy"].append(metrics["pair_accuracy"])
+            report["by_source"].append(metrics["by_source"])
+            report.setdefault("prompt_fit", summarize_prompt_fit(rows, counterfactuals, raw))
+        fit_rows, indices = select_training_rows(rows, counterfactuals, np.ones(len(records), np.bool_), debias)
+        weights, _, report["strength"] = fit_probe(
+            joined[rows.list_sequence_indices(indices)], fit_rows.labels, fit_rows.weights, fit_rows.clusters,
+            is_pairwise=True, seed=settings.seed,
+        )  # fmt: skip
+        report["short_right"] = float((np.subtract(*np.split(short_joined @ weights, 2)) > 0).mean())
         sys.stdout.write(json.dumps(round_for_json(report)) + "\n")
         sys.stdout.flush()
 
