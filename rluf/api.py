@@ -77,7 +77,8 @@ class Report:
     @property
     def measured_verdict(self) -> str:
         """Verdict of checks and monitors alone, without the blind reading that `verdict` needs to pass."""
-        return str(self.summary["gates"]["measured_verdict"])
+        gates = self.summary["gates"]
+        return str(gates.get("measured_verdict", gates["verdict"]))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

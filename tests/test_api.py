@@ -39,6 +39,13 @@ def test_every_public_name_can_be_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_a_report_tells_the_measured_verdict_from_the_one_with_the_reading(tmp_path: Path) -> None:
+    gates = {"verdict": "undecided", "measured_verdict": "pass"}
+    (tmp_path / "summary.json").write_text(json.dumps({"gates": gates}))
+    report = rluf.Report(tmp_path)
+    assert (report.verdict, report.measured_verdict) == ("undecided", "pass")
+
+
 def test_overrides_are_texts_or_a_mapping() -> None:
     by_text = rluf.load_settings("tiny", ["algorithm.steps=3", "algorithm.topic_weights={risky: 2}"])
     by_mapping = rluf.load_settings("tiny", {"algorithm.steps": 3, "algorithm.topic_weights": {"risky": 2}})
