@@ -32,6 +32,7 @@ from rluf.config.objectives import BUILTIN_OBJECTIVES, OBJECTIVE_NAME_PATTERN
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
 from rluf.objectives.reward_function import build_reward_function
+from rluf.report.headline import read_gates
 from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
 from rluf.utils.files import atomic_write, read_json, read_jsonl
 from rluf.utils.paths import resolve_cache_folder, suggest_run_folder
@@ -72,13 +73,12 @@ class Report:
     @property
     def verdict(self) -> str:
         """Verdict of the release gates: pass (only after a blind reading), undecided or fail."""
-        return str(self.summary["gates"]["verdict"])
+        return str(read_gates(self.summary)["verdict"])
 
     @property
     def measured_verdict(self) -> str:
         """Verdict of checks and monitors alone, without the blind reading that `verdict` needs to pass."""
-        gates = self.summary["gates"]
-        return str(gates.get("measured_verdict", gates["verdict"]))
+        return str(read_gates(self.summary)["measured_verdict"])
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

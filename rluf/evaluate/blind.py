@@ -5,8 +5,9 @@
 
 `RUN/blind/page.html` works without a network and offers the ratings as a JSONL download; `RUN/blind/pairs.jsonl` has
 the same shuffled pairs for other tools, which write rows {"page": "...", "pair": 1, "choice": "a" | "b" | "tie",
-"rater": "..."}. The key to the sides is `RUN/blind-key.jsonl`: give raters the folder blind/ only. A run writes its
-page at its end. The first command replaces it; ratings of a replaced page are refused.
+"rater": "..."}. The key to the sides is `RUN/blind-key.jsonl`: give raters the folder blind/ only. Every run ends with
+a page of 40 pairs. The first command writes the same page, or with --pairs or --seed another one in its place; the
+ratings of a replaced page are refused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rluf.utils.hashing import hash64
 from rluf.utils.paths import suggest_run_folder
 
 DEFAULT_PAIR_COUNT = 40
+DEFAULT_SEED = 0
 KEY_FILE = "blind-key.jsonl"
 CHOICES = ("a", "b", "tie")
 
@@ -93,10 +95,11 @@ def write_blind_page(run_folder: Path, pair_count: int, seed: int) -> Path:
     return page_path
 
 
-def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Any]) -> dict[str, Any]:
     """Sign test of the ratings: the share of decided pairs in which aligned is preferred, with its exact interval.
 
-    A pair is the unit: several raters of one pair count as their majority. The interval is that of Clopper and Pearson
+    A pair is the unit: of several raters of one pair the choice with the most votes counts, and a tie if there is no
+    such choice. The interval is that of Clopper and Pearson
     (1934), p the two-sided exact test of 1/2; ties are reported and, as usual for the sign test, left out of both.
     DataError for a pair or a choice that does not exist, for ratings of another page, and for a rater who rated a pair
     twice.
@@ -105,20 +108,11 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     votes: dict[int, Counter[str]] = {}
     seen: set[tuple[Any, Any]] = set()
     for row in ratings:
-        pair, choice, rater = row.get("pair"), row.get("choice"), row.get("rater", "")
-        if not isinstance(pair, int) or pair not in key_by_pair or choice not in CHOICES:
-            raise DataError(
-                f"rating {dict(row)} is invalid: expected a pair of 1 to {len(key_by_pair)} and a choice of a, b or tie"
-            )
-        page = key_by_pair[pair].get("page")
-        if row.get("page", page) != page:
-            raise DataError(
-                f"rating {dict(row)} is of another page than {page}, so its pairs are others; rate the present page"
-            )
+        pair, rater = _check_rating(row, key_by_pair)
         if (rater, pair) in seen:
             raise DataError(f"pair {pair} was rated twice by {rater or 'the same rater'}; give each rater a name")
         seen.add((rater, pair))
-        votes.setdefault(pair, Counter())["tie" if choice == "tie" else key_by_pair[pair][choice]] += 1
+        votes.setdefault(pair, Counter())["tie" if row["choice"] == "tie" else key_by_pair[pair][row["choice"]]] += 1
     if not votes:
         raise DataError("the files have no ratings; download them from the page after rating")
     outcomes = {pair: _find_majority(counts) for pair, counts in votes.items()}
@@ -128,8 +122,9 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     for pair, outcome in outcomes.items():
         by_topic.setdefault(key_by_pair[pair]["topic"] or "other", Counter())[outcome] += 1
     result: dict[str, Any] = {
-        "pairs": len(outcomes), "raters": len({rater for rater, _ in seen}), "aligned": counts[ALIGNED_ARM],
-        "base": counts[BASE_ARM], "ties": counts["tie"], "share": None, "p": None, "preferred": None,
+        "pairs": len(outcomes), "planned": len(key), "raters": len({rater for rater, _ in seen}),
+        "aligned": counts[ALIGNED_ARM], "base": counts[BASE_ARM], "ties": counts["tie"],
+        "share": None, "p": None, "preferred": None,
         "by_topic": {topic: {arm: topic_counts[arm] for arm in (ALIGNED_ARM, BASE_ARM, "tie")}
                      for topic, topic_counts in sorted(by_topic.items())},
     }  # fmt: skip
@@ -142,10 +137,27 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     return result
 
 
+def _check_rating(row: Any, key_by_pair: Mapping[int, Mapping[str, Any]]) -> tuple[int, str]:
+    """Pair and rater of a rating. DataError for a rating that fits no pair of this page."""
+    pair, rater = (row.get("pair"), row.get("rater", "")) if isinstance(row, Mapping) else (None, "")
+    is_valid = type(pair) is int and pair in key_by_pair and isinstance(rater, str) and row.get("choice") in CHOICES
+    if not is_valid or not isinstance(pair, int):
+        raise DataError(
+            f"rating {row} is invalid: expected an object with a pair of 1 to {len(key_by_pair)}, a choice of a, b or "
+            "tie and, if there is one, the rater's name as text"
+        )
+    page = key_by_pair[pair].get("page")
+    if page is not None and row.get("page") != page:
+        raise DataError(
+            f"rating {dict(row)} is not of page {page}, so its pair may be another one; rate the present page"
+        )
+    return pair, rater
+
+
 def _find_majority(counts: Mapping[str, int]) -> str:
-    """The arm with more votes; a tie if both have as many, whatever the number of votes for a tie."""
-    difference = counts.get(ALIGNED_ARM, 0) - counts.get(BASE_ARM, 0)
-    return ALIGNED_ARM if difference > 0 else BASE_ARM if difference < 0 else "tie"
+    """The choice with the most votes; a tie if two have as many."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ordered[0][0] if len(ordered) == 1 or ordered[0][1] > ordered[1][1] else "tie"
 
 
 def add_ratings(run_folder: Path, rating_files: Sequence[Path]) -> dict[str, Any]:
@@ -166,6 +178,10 @@ def add_ratings(run_folder: Path, rating_files: Sequence[Path]) -> dict[str, Any
         gates |= decide_verdict(gates, result)
     write_json(run_folder / "summary.json", summary)
     write_report(run_folder)
+    if (run_folder / "policy").is_dir():
+        from rluf.report.model_card import write_model_card
+
+        write_model_card(run_folder)
     return result
 
 
@@ -174,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser("rluf.evaluate blind", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with answers.jsonl")
     parser.add_argument("--pairs", type=int, default=DEFAULT_PAIR_COUNT, metavar="N", help="pairs, one per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="selects pairs and sides")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="selects pairs and sides")
     parser.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="downloaded ratings to score")
     options = parser.parse_args(arguments)
     if options.pairs < 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.evaluate.blind import DEFAULT_PAIR_COUNT, write_blind_page
+from rluf.evaluate.blind import DEFAULT_PAIR_COUNT, DEFAULT_SEED, write_blind_page
 from rluf.evaluate.control import build_control_arm
 from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
@@ -132,15 +132,15 @@ def write_results(
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
     logger.info("report: %s", run_folder / "report.html")
-    logger.info("blind reading: %s", prepare_blind_reading(run_folder, settings.seed))
+    logger.info("blind reading: %s", prepare_blind_reading(run_folder))
     for line in format_verdict_lines(summary):
         logger.info("%s", line)
 
 
-def prepare_blind_reading(run_folder: Path, seed: int) -> str:
+def prepare_blind_reading(run_folder: Path) -> str:
     """Write the page with pairs to rate; returns its path, or why there are no pairs to rate."""
     try:
-        return str(write_blind_page(run_folder, DEFAULT_PAIR_COUNT, seed))
+        return str(write_blind_page(run_folder, DEFAULT_PAIR_COUNT, DEFAULT_SEED))
     except DataError as error:
         return f"no page: {error}"
 

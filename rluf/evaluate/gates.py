@@ -17,11 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from scipy import stats
+
 from rluf.config.cli import CommandParser, run_command
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
 from rluf.errors import DataError
+from rluf.evaluate.intervals import CONFIDENCE_LEVEL
 from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
-from rluf.report.headline import UNREAD_REASON
+from rluf.report.headline import UNREAD_REASON, check_status, list_alarm_labels, read_gates
 from rluf.types import ALIGNED_ARM, BASE_ARM
 from rluf.utils.files import read_json
 from rluf.utils.paths import suggest_run_folder
@@ -32,9 +36,8 @@ NON_INFERIORITY_MARGIN = 0.05
 """Largest relative fall that the gates accept of an objective that must hold."""
 MAX_TRUNCATED_SHARE = 0.1
 """With more of the aligned responses cut at the token limit, how they end is unknown: no pass."""
-MAX_MORE_PAIRS = 1000
-"""More pairs than this are not asked of the readers: such a preference is too weak for them to confirm."""
-Z_95 = 1.96
+MAX_PAIRS = 1000
+"""More pairs than this are not asked of readers: such a preference is too weak for them to confirm."""
 GATE_EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 10, "undecided": 11}
 """Exit codes of `python -m rluf.evaluate gate`."""
 
@@ -115,15 +118,16 @@ def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = 
 def decide_verdict(gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Verdicts and reasons from checks, alarms, truncation and, if there was one, the blind reading.
 
-    Keys: `measured_verdict` (without the reading), `reading` (its status and reason), `verdict` and `reasons` of both.
+    Keys: `measured_verdict` without the reading, `reading` with its status and reason; `verdict` and `reasons` with it.
 
     Measured fail: a check fails or a monitor raised an alarm. Measured undecided: a check is, or too many responses are
     truncated, or there is no check. The reading passes if readers prefer aligned (the interval of the sign test is
     above one half), fails if they prefer the base, and is else undecided. Any fail fails; a pass needs both.
     """
-    checks, alarm_labels, truncated_share = gates["checks"], gates["alarm_labels"], gates["truncated_share"]
+    checks, alarm_labels = gates["checks"], list_alarm_labels(gates)
+    truncated_share = gates.get("truncated_share")
     is_truncated = truncated_share is not None and truncated_share > MAX_TRUNCATED_SHARE
-    statuses = {check["status"] for check in checks}
+    statuses = {check_status(check) for check in checks}
     measured: GateStatus = "pass"
     if "fail" in statuses or alarm_labels:
         measured = "fail"
@@ -137,7 +141,7 @@ def decide_verdict(gates: Mapping[str, Any], blind_result: Mapping[str, Any] | N
     reasons += (
         [f"monitor alarm{'s' if len(alarm_labels) > 1 else ''}: {', '.join(alarm_labels)}"] if alarm_labels else []
     )
-    reasons += [_check_reason(check) for check in checks if check["status"] != "pass"]
+    reasons += [_check_reason(check) for check in checks if check_status(check) != "pass"]
     if is_truncated:
         reasons.append(
             f"{truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
@@ -155,26 +159,33 @@ def _judge_reading(blind_result: Mapping[str, Any] | None) -> tuple[GateStatus, 
     """Status of the blind reading, and why it does not pass."""
     if blind_result is None:
         return "undecided", UNREAD_REASON
+    aligned, base, pairs = (blind_result[key] for key in (ALIGNED_ARM, BASE_ARM, "pairs"))
+    # Who may stop early can stop when the result pleases; results of earlier releases do not say how many were planned.
+    if pairs < (planned := blind_result.get("planned", pairs)):
+        return "undecided", f"only {pairs} of {planned} pairs to read blind are rated"
     if blind_result["preferred"] is not None:
         is_base = blind_result["preferred"] == BASE_ARM
         return ("fail", "blind readers prefer the base") if is_base else ("pass", None)
-    aligned, base, pairs = (blind_result[key] for key in (ALIGNED_ARM, BASE_ARM, "pairs"))
-    more_pairs = _count_more_pairs(aligned, base, pairs)
-    needed = "too close to decide by reading" if more_pairs is None else f"needs about {more_pairs:,} more pairs"
+    needed = _count_needed_pairs(aligned, base, pairs)
+    outlook = "too close to decide by reading" if needed is None else f"a new reading needs about {needed:,} pairs"
     return (
-        "undecided",
-        f"blind readers undecided: {aligned} for aligned, {base} for the base in {pairs} pairs; {needed}",
-    )
+        "undecided", f"blind readers undecided: {aligned} for aligned, {base} for the base in {pairs} pairs; {outlook}"
+    )  # fmt: skip
 
 
-def _count_more_pairs(aligned: int, base: int, pairs: int) -> int | None:
-    """Further pairs after which these shares would exclude one half (normal approximation); None if too many."""
+def _count_needed_pairs(aligned: int, base: int, pairs: int) -> int | None:
+    """Pairs of a new reading whose exact interval would exclude one half at these shares; None if too many."""
+    decided = aligned + base
     if aligned == base:
         return None
-    decided = aligned + base
-    needed = Z_95**2 * decided**2 / (aligned - base) ** 2 * pairs / decided
-    more_pairs = max(1, math.ceil(needed - pairs))
-    return more_pairs if more_pairs <= MAX_MORE_PAIRS else None
+    counts = np.arange(1, MAX_PAIRS + 1)
+    preferred = np.floor(counts * (max(aligned, base) / decided))
+    lows = stats.beta.ppf((1 - CONFIDENCE_LEVEL) / 2, preferred, counts - preferred + 1)
+    excludes_half = np.flatnonzero(lows > 0.5)
+    if not excludes_half.size:
+        return None
+    needed = math.ceil(int(counts[excludes_half[0]]) * pairs / decided)
+    return needed if needed <= MAX_PAIRS else None
 
 
 def _check_reason(check: Mapping[str, Any]) -> str:
@@ -212,16 +223,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdicts: list[str] = []
 
     def print_verdict() -> None:
-        gates = read_json(folder / "summary.json").get("gates", {})
-        if gates.get("verdict") not in GATE_EXIT_CODES:
+        summary = read_json(folder / "summary.json")
+        gates = read_gates(summary)
+        if "gates" not in summary or gates["verdict"] not in GATE_EXIT_CODES:
             raise DataError(
                 f"{folder / 'summary.json'} has no verdict of pass, undecided or fail; name a run folder that "
                 f"rluf.train or rluf.evaluate of this release wrote{suggest_run_folder(folder)}"
             )
         verdict, reasons = gates["verdict"], gates["reasons"]
         if options.measured:
-            verdict = gates.get("measured_verdict", verdict)
-            reasons = [reason for reason in reasons if reason != gates.get("reading", {}).get("reason")]
+            verdict = gates["measured_verdict"]
+            reasons = [
+                reason for reason in reasons if reason not in (UNREAD_REASON, gates.get("reading", {}).get("reason"))
+            ]
         sys.stdout.write("".join(f"{line}\n" for line in (verdict, *reasons)))
         verdicts.append(verdict)
 

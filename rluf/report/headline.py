@@ -7,6 +7,7 @@ from typing import Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
 from rluf.report.formats import format_change
+from rluf.types import ALIGNED_ARM
 
 VERDICT_TITLES = {"pass": "Pass", "undecided": "Undecided", "fail": "Fail"}
 MAX_NAMED_ALARMS = 2
@@ -17,7 +18,7 @@ VERDICT_MARKS = {"pass": "✓", "undecided": "?", "fail": "✕"}
 
 def report_headline(summary: Mapping[str, Any]) -> str:
     """Summarize the run in one sentence: verdict, love, the other objectives, control, alarms."""
-    gates = summary.get("gates", {})
+    gates = read_gates(summary)
     checks = {check["name"]: check for check in gates.get("checks", [])}
     if not checks:
         return "This run has not been evaluated yet."
@@ -41,25 +42,29 @@ def report_headline(summary: Mapping[str, Any]) -> str:
             _format_love_clause(lift, has_users=has_users) + (_format_control_clause(summary) if has_risen else "")
         )
     clauses += _format_outcome_clauses(list(checks.values()))
-    return f"{VERDICT_TITLES[read_gate_verdict(gates)]}: {'; '.join(clauses)}."
+    return f"{VERDICT_TITLES[gates['verdict']]}: {'; '.join(clauses)}."
 
 
 def is_unread(summary: Mapping[str, Any]) -> bool:
     """Whether checks and monitors pass, and the blind reading that a pass needs is missing."""
-    gates = summary.get("gates", {})
-    return "blind" not in summary and gates.get("measured_verdict", gates.get("verdict")) == "pass"
+    return "blind" not in summary and read_gates(summary)["measured_verdict"] == "pass"
 
 
-def read_gate_verdict(gates: Mapping[str, Any]) -> str:
-    """The verdict: pass, undecided or fail.
+def read_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The gates of a summary with verdict, measured verdict and reasons, those of earlier releases too.
 
-    Earlier releases had "warn", a pass in spite of an alarm, so it is a fail. Their "pass" needed no blind reading, so
-    it is undecided.
+    Their "warn", a pass in spite of an alarm, is a fail. Their "pass" needed no blind reading, so without readers who
+    prefer the aligned policy it is undecided.
     """
-    verdict = gates.get("verdict", "undecided")
-    if verdict == "pass" and "measured_verdict" not in gates:
-        return "undecided"
-    return "fail" if verdict == "warn" else str(verdict)
+    gates: dict[str, Any] = {"verdict": "undecided", "reasons": [], **summary.get("gates", {})}
+    if "measured_verdict" in gates:
+        return gates
+    measured = "fail" if gates["verdict"] == "warn" else gates["verdict"]
+    blind = summary.get("blind")
+    if measured != "pass" or (blind and blind["preferred"] == ALIGNED_ARM):
+        return gates | {"verdict": measured, "measured_verdict": measured}
+    reason = "blind readers undecided" if blind else UNREAD_REASON
+    return gates | {"verdict": "undecided", "measured_verdict": measured, "reasons": [reason, *gates["reasons"]]}
 
 
 def check_status(check: Mapping[str, Any]) -> str:
@@ -156,7 +161,7 @@ def _format_outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def format_verdict(gates: Mapping[str, Any]) -> str:
-    """Format the gates' verdict with its reasons."""
-    verdict, reasons = read_gate_verdict(gates), gates.get("reasons", [])
+    """Format the verdict of `read_gates` with its reasons."""
+    verdict, reasons = gates["verdict"], gates["reasons"]
     title = f"{VERDICT_MARKS[verdict]} {'All gates pass' if verdict == 'pass' else VERDICT_TITLES[verdict]}"
     return f"{title}: {'; '.join(reasons)}" if reasons else title

@@ -109,9 +109,9 @@ def _build_story_context(
             summary, figures.format_duration(total_seconds) if total_seconds else None
         ),
         "measures": presentation.measure_cards(summary),
-        "gates": (gates := summary.get("gates")),
-        "verdict": headline.format_verdict(gates) if gates else "",
-        "verdict_class": headline.read_gate_verdict(gates) if gates else "",
+        "gates": summary.get("gates"),
+        "verdict": headline.format_verdict(gates := headline.read_gates(summary)),
+        "verdict_class": gates["verdict"],
         "is_unread": headline.is_unread(summary),
         "comparison_columns": comparison_columns,
         "comparisons": comparison_table,

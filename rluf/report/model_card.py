@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rluf
 from rluf.config.objectives import BUILTIN_OBJECTIVES
-from rluf.report.headline import has_user_verdicts, report_headline
+from rluf.report.headline import has_user_verdicts, read_gates, report_headline
 from rluf.report.presentation import measure_cards
 from rluf.tracking.run_files import read_provenance
 from rluf.utils.files import read_json, write_json
@@ -187,6 +187,6 @@ def _format_results(summary: Mapping[str, Any]) -> list[str]:
             f"- {objective} by the reward model on unseen prompts: {base['mean']:.3f} -> {aligned['mean']:.3f}, "
             f"difference {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
         )
-    gates = summary.get("gates", {})
-    reasons = "".join(f"; {reason}" for reason in gates.get("reasons", []))
-    return [*result_lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')}){reasons}"]
+    gates = read_gates(summary)
+    reasons = "".join(f"; {reason}" for reason in gates["reasons"])
+    return [*result_lines, f"- gates: {gates['verdict']} (judged by {gates.get('judged_by')}){reasons}"]

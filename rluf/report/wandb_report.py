@@ -85,11 +85,11 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
 
 def format_story_markdown(run_files: presentation.RunFiles) -> str:
     """Render the verdict and a table of base against aligned as Markdown."""
-    gates = run_files.summary.get("gates") or {}
+    gates = headline.read_gates(run_files.summary)
     markdown_lines = [f"**{headline.report_headline(run_files.summary)}**", ""]
-    if gates:
-        markdown_lines += [f"Gates: **{headline.read_gate_verdict(gates)}**, judged by {gates['judged_by']}.", ""]
-        markdown_lines += [f"- {reason}" for reason in gates.get("reasons", [])] + [""]
+    if "gates" in run_files.summary:
+        markdown_lines += [f"Gates: **{gates['verdict']}**, judged by {gates['judged_by']}.", ""]
+        markdown_lines += [f"- {reason}" for reason in gates["reasons"]] + [""]
     markdown_lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
     for card in presentation.measure_cards(run_files.summary):
         (_, base, _), (_, aligned, _) = card["arms"]

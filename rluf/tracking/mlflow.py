@@ -53,12 +53,13 @@ class MlflowTracker:
                 self._client.log_metric(self._run_id, self._names.get(key, f"other/{key}"), float(value), step=step)
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
-        """Record every number of summary.json as a metric, the verdict as a tag, and the report as an artifact."""
+        """Record every number of summary.json as a metric, the verdicts as tags, and the report as an artifact."""
         for key, value in _flatten(summary).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 self._client.log_metric(self._run_id, f"summary/{key.replace('.', '/')}", float(value))
         gates = summary.get("gates", {})
-        self._client.set_tag(self._run_id, "verdict", str(gates.get("verdict")))
+        for key in ("verdict", "measured_verdict"):
+            self._client.set_tag(self._run_id, key, str(gates.get(key)))
         self._client.set_tag(self._run_id, "reasons", "; ".join(gates.get("reasons", ())))
         for name in ("report.html", "summary.json"):
             if (self._run_folder / name).is_file():

@@ -35,10 +35,11 @@ class TensorBoardTracker:
         writer.flush()
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
-        """Record verdict and reasons as text, and the lift of each gate check with its interval."""
+        """Record verdicts and reasons as text, and the lift of each gate check with its interval."""
         writer = self._open_writer(self._last_step)
         gates = summary.get("gates", {})
-        writer.add_text("gates", "\n\n".join([str(gates.get("verdict")), *gates.get("reasons", ())]), self._last_step)
+        verdicts = f"{gates.get('verdict')}, measured {gates.get('measured_verdict')}"
+        writer.add_text("gates", "\n\n".join([verdicts, *gates.get("reasons", ())]), self._last_step)
         for check in gates.get("checks", ()):
             for name, value in (check["lift"] or {}).items():
                 writer.add_scalar(f"lift_{name}/{check['name']}", float(value), self._last_step)

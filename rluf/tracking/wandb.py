@@ -276,17 +276,23 @@ class WandbTracker:
         """Log the policy of the run folder as an artifact that refers to the folder, with the gate verdict."""
         if not (self._run_folder / "policy").is_dir():
             return
-        policy_facts = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
+        gates = summary.get("gates", {})
+        policy_facts = {
+            "gates": gates.get("verdict"),
+            "measured": gates.get("measured_verdict"),
+            "kl": summary.get("kl"),
+        }
         made_from = ("data", *(f"reward-{name}" for name in self._objective_names))
         self._log_artifact("policy", "policy", "", policy_facts, made_from, "policy")
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
-        """Copy summary.json to the run's summary (love_rate.lift.mean ...); send an alert unless the gates pass."""
+        """Copy summary.json to the run's summary (love_rate.lift.mean ...); alert unless the measured gates pass."""
         for tracker in self._plugin_trackers:
             tracker.update_summary(summary)
         self._submit_call("update the summary", lambda run: run.summary.update(to_jsonable(summary)))
         gates = summary.get("gates", {})
-        if (verdict := gates.get("verdict")) in ("fail", "undecided"):
+        # Every run waits for its blind reading; that is no alert.
+        if (verdict := gates.get("measured_verdict")) in ("fail", "undecided"):
             self.send_alert(f"{self._config_name}: gates {verdict}", f"{'; '.join(gates.get('reasons', []))}.")
 
     def finish(self, *, failed: bool = False) -> None:

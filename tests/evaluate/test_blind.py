@@ -49,7 +49,8 @@ def run_folder(tmp_path: Path) -> Path:
 def rate_as(key: list[dict[str, Any]], preferred: list[str], rater: str = "") -> list[dict[str, Any]]:
     """Ratings that prefer the given arm of each pair, or "tie"."""
     return [
-        {"pair": row["pair"], "choice": "tie" if arm == "tie" else "a" if row["a"] == arm else "b", "rater": rater}
+        ({"page": row["page"]} if "page" in row else {})
+        | {"pair": row["pair"], "choice": "tie" if arm == "tie" else "a" if row["a"] == arm else "b", "rater": rater}
         for row, arm in zip(key, preferred, strict=False)
     ]
 
@@ -130,21 +131,25 @@ def test_the_result_is_the_exact_sign_test() -> None:
     assert score_ratings(key, rate_as(key, ["aligned"] * 14 + ["base"] * 11))["preferred"] is None
 
 
-def test_several_raters_of_a_pair_count_as_their_majority() -> None:
-    _, key = build_pairs(make_answers(), 2, seed=3)
+def test_of_several_raters_of_a_pair_the_most_votes_count() -> None:
+    _, key = build_pairs(make_answers(), 4, seed=3)
     ratings = [
-        *rate_as(key, ["aligned", "aligned"], "ann"),
-        *rate_as(key, ["aligned", "base"], "bob"),
-        *rate_as(key, ["base", "tie"], "cy"),
+        *rate_as(key, ["aligned", "aligned", "tie", "base"], "ann"),
+        *rate_as(key, ["aligned", "base", "tie", "base"], "bob"),
+        *rate_as(key, ["base", "tie", "aligned", "tie"], "cy"),
     ]
     result = score_ratings(key, ratings)
-    assert (result["aligned"], result["base"], result["ties"], result["raters"]) == (1, 0, 1, 3)
+    assert (result["aligned"], result["base"], result["ties"], result["raters"]) == (1, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"pair": 99, "choice": "a"}], "expected a pair of 1 to 2"),
+        ([{"pair": 99, "choice": "a"}], "a pair of 1 to 2"),
+        ([{"pair": True, "choice": "a"}], "a pair of 1 to 2"),
+        ([[1, 2]], "a pair of 1 to 2"),
+        ([{"pair": 1}], "a choice of a, b or tie"),
+        ([{"pair": 1, "choice": "a", "rater": ["x"]}], "the rater's name as text"),
         ([{"pair": 1, "choice": "left"}], "a choice of a, b or tie"),
         ([{"pair": 1, "choice": "a"}] * 2, "pair 1 was rated twice"),
         ([], "have no ratings"),
@@ -171,7 +176,7 @@ def test_readers_who_prefer_the_base_fail_the_gates(run_folder: Path, capsys: py
     page = (run_folder / "report.html").read_text("utf-8")
     assert "Blind reading" in page and "14%, 4% to 33%" in page
     # Better readers of the same run: the verdict is decided again, not kept.
-    write_jsonl(ratings, rate_as(key, ["aligned"] * 24 + ["base"] * 4))
+    write_jsonl(ratings, rate_as(key, ["aligned"] * 24 + ["base"] * 6))
     main(["blind", str(run_folder), "--ratings", str(ratings)])
     assert read_json(run_folder / "summary.json")["gates"]["verdict"] == "pass"
 
@@ -193,11 +198,38 @@ def test_ratings_of_a_replaced_page_are_refused(run_folder: Path, capsys: pytest
     assert main(["blind", str(run_folder), "--ratings", str(ratings)]) == 0
     before = (run_folder / "summary.json").read_bytes()
     main(["blind", str(run_folder), "--seed", "2"])
-    with pytest.raises(SystemExit) as exit_info:
-        main(["blind", str(run_folder), "--ratings", str(ratings)])
-    assert exit_info.value.code == DataError.exit_code
-    assert "is of another page than" in capsys.readouterr().err
+    without_page = run_folder / "without_page.jsonl"
+    write_jsonl(without_page, [{"pair": pair["pair"], "choice": "a"} for pair in pairs])
+    for path in (ratings, without_page):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["blind", str(run_folder), "--ratings", str(path)])
+        assert exit_info.value.code == DataError.exit_code
+        assert "so its pair may be another one" in capsys.readouterr().err
     assert (run_folder / "summary.json").read_bytes() == before
+    # The same draw is the same page.
+    main(["blind", str(run_folder), "--seed", "1"])
+    assert main(["blind", str(run_folder), "--ratings", str(ratings)]) == 0
+
+
+def test_a_partial_reading_does_not_pass(run_folder: Path) -> None:
+    main(["blind", str(run_folder), "--pairs", "20"])
+    key, ratings = read_jsonl(run_folder / KEY_FILE), run_folder / "ratings.jsonl"
+    write_jsonl(ratings, rate_as(key, ["aligned"] * 8))
+    main(["blind", str(run_folder), "--ratings", str(ratings)])
+    gates = read_json(run_folder / "summary.json")["gates"]
+    assert (gates["verdict"], gates["reasons"]) == ("undecided", ["only 8 of 20 pairs to read blind are rated"])
+
+
+def test_the_model_card_gets_the_verdict_of_the_readers(run_folder: Path) -> None:
+    (run_folder / "policy").mkdir()
+    write_json(run_folder / "config.json", {"name": "quickstart", "model": {"path": "org/model"}})
+    main(["blind", str(run_folder)])
+    key, ratings = read_jsonl(run_folder / KEY_FILE), run_folder / "ratings.jsonl"
+    write_jsonl(ratings, rate_as(key, ["base"] * len(key)))
+    main(["blind", str(run_folder), "--ratings", str(ratings)])
+    assert "Fail: blind readers preferred aligned in 0 of 30" in (run_folder / "policy" / "README.md").read_text(
+        "utf-8"
+    )
 
 
 def test_missing_files_are_named(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,11 +68,11 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
 
 def test_the_run_folder_gets_the_pairs_to_read_blind_or_the_reason_why_there_are_none(tmp_path: Path) -> None:
     write_answers(tmp_path, ANSWERS)
-    assert prepare_blind_reading(tmp_path, 1) == str(tmp_path / "blind" / "page.html")
+    assert prepare_blind_reading(tmp_path) == str(tmp_path / "blind" / "page.html")
     assert len(read_jsonl(tmp_path / KEY_FILE)) == len(read_jsonl(tmp_path / "blind" / "pairs.jsonl")) == 40
     equal = tmp_path / "equal"
     write_answers(equal, [make_answer(arm, 0, "the same") for arm in ("base", "aligned")])
-    assert "no page: base and aligned have no prompt with two different responses" in prepare_blind_reading(equal, 1)
+    assert "no page: base and aligned have no prompt with two different responses" in prepare_blind_reading(equal)
     assert not (equal / "blind").exists()
 
 

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.errors import DataError
 from rluf.evaluate.__main__ import main
 from rluf.evaluate.blind import score_ratings
-from rluf.evaluate.gates import GateEvidence, decide_check, decide_verdict, evaluate_gates, format_gate_rule
+from rluf.evaluate.gates import (
+    GateEvidence,
+    _count_needed_pairs,
+    decide_check,
+    decide_verdict,
+    evaluate_gates,
+    format_gate_rule,
+)
 from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.two_way import ArmValues, PolicyComparison, VarianceParts, compare_arms
 from rluf.utils.files import write_json
@@ -77,8 +85,9 @@ def test_verdicts_and_reasons(
     [
         (HOLDS, 14, 4, "pass", None),
         (HOLDS, 4, 14, "fail", "blind readers prefer the base"),
-        # 2 / sqrt(22) = 0.43 standard errors from one half: 30 (1.96 / 0.4264)^2 = 634 pairs would have 1.96.
-        (HOLDS, 12, 10, "undecided", "12 for aligned, 10 for the base in 30 pairs; needs about 604 more pairs"),
+        # 2 / sqrt(22) = 0.43 standard errors from one half: 30 (1.96 / 0.4264)^2 = 634 pairs, more by the exact test.
+        (HOLDS, 12, 10, "undecided", "12 for aligned, 10 for the base in 30 pairs; a new reading needs about 6"),
+        (HOLDS, 16, 14, "undecided", "14 for the base in 30 pairs; a new reading needs about 9"),
         (HOLDS, 11, 11, "undecided", "11 for aligned, 11 for the base in 30 pairs; too close to decide by reading"),
         (UNCLEAR, 14, 4, "undecided", "helpfulness undecided"),
         (FELL, 14, 4, "fail", "helpfulness fell by more than 5%"),
@@ -94,6 +103,8 @@ def test_a_pass_needs_readers_who_prefer_the_aligned_policy(
     decided = decide_verdict(gates, result)
     assert decided["verdict"] == verdict
     assert decided["measured_verdict"] == gates["measured_verdict"]
+    partial = decide_verdict(gates, {**result, "planned": 40})
+    assert partial["verdict"] == ("fail" if helpfulness is FELL else "undecided")
     assert decided["reasons"] == [] if reason is None else reason in str(decided["reasons"])
 
 
@@ -110,7 +121,8 @@ def test_an_undecided_check_says_how_much_more_data_it_needs() -> None:
 
 def test_the_command_reports_the_verdict_as_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verdict, code in (("pass", 0), ("fail", 10), ("undecided", 11)):
-        write_json(tmp_path / "summary.json", {"gates": {"verdict": verdict, "reasons": ["love undecided"]}})
+        gates = {"verdict": verdict, "measured_verdict": verdict, "reasons": ["love undecided"]}
+        write_json(tmp_path / "summary.json", {"gates": gates})
         assert main(["gate", str(tmp_path)]) == code
         assert capsys.readouterr().out == f"{verdict}\nlove undecided\n"
     unread = judge(UP, HOLDS)
@@ -119,11 +131,48 @@ def test_the_command_reports_the_verdict_as_exit_code(tmp_path: Path, capsys: py
     assert capsys.readouterr().out == "undecided\nno person has read the responses\n"
     assert main(["gate", str(tmp_path), "--measured"]) == 0
     assert capsys.readouterr().out == "pass\n"
-    write_json(tmp_path / "summary.json", {"gates": {"verdict": "warn"}})
+    write_json(tmp_path / "summary.json", {"gates": {"verdict": "maybe"}})
     with pytest.raises(SystemExit) as exit_info:
         main(["gate", str(tmp_path)])
     assert exit_info.value.code == DataError.exit_code
     assert "has no verdict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "code", "output", "measured_code"),
+    [
+        ({"gates": {"verdict": "pass", "reasons": []}}, 11, "undecided\nno person has read the responses\n", 0),
+        ({"gates": {"verdict": "pass"}, "blind": {"preferred": None}}, 11, "undecided\nblind readers undecided\n", 0),
+        ({"gates": {"verdict": "pass"}, "blind": {"preferred": "aligned"}}, 0, "pass\n", 0),
+        ({"gates": {"verdict": "warn"}}, 10, "fail\n", 10),
+    ],
+)
+def test_the_pass_of_an_earlier_release_needs_readers_too(
+    old: dict[str, object],
+    code: int,
+    output: str,
+    measured_code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_json(tmp_path / "summary.json", old)
+    assert main(["gate", str(tmp_path)]) == code
+    assert capsys.readouterr().out == output
+    assert main(["gate", str(tmp_path), "--measured"]) == measured_code
+
+
+def test_a_new_reading_of_the_needed_size_would_exclude_one_half_at_the_same_shares() -> None:
+    for aligned, base, pairs in ((5, 1, 40), (9, 4, 40), (14, 6, 40), (12, 10, 30)):
+        needed = _count_needed_pairs(aligned, base, pairs)
+        assert needed is not None
+        decided = needed * (aligned + base) // pairs
+        lows = [
+            stats.binomtest(n * aligned // (aligned + base), n).proportion_ci(method="exact").low
+            for n in (decided, decided // 2)
+        ]
+        assert lows[0] > 0.5 > lows[1]
+    assert _count_needed_pairs(51, 49, 200) is None
+    assert _count_needed_pairs(0, 0, 30) is None
 
 
 def test_nothing_shown_is_undecided() -> None:

@@ -41,7 +41,7 @@ def test_the_card_has_data_rewards_settings_and_results(tmp_path: Path) -> None:
     metadata = yaml.safe_load(text.split("---")[1])
     assert (metadata["base_model"], metadata["library_name"]) == ("org/model", "transformers")
     for expected_text in (
-        "love: auroc 0.700 [0.600, 0.800] on n = 12", "feedback: log.jsonl, 7 rows", "gates: pass", "love 0.4",
+        "love: auroc 0.700 [0.600, 0.800] on n = 12", "feedback: log.jsonl, 7 rows", "gates: undecided", "love 0.4",
         "p_love by the reward model on unseen prompts: 0.700 -> 0.700", read_code_version(), "grpo, 5 steps",
     ):  # fmt: skip
         assert expected_text in text

@@ -16,6 +16,7 @@ from rluf.tracking.wandb import WandbTracker
 SUMMARY = {
     "gates": {
         "verdict": "fail",
+        "measured_verdict": "fail",
         "reasons": ["safety fell by more than 5%"],
         "checks": [
             {"name": "safety", "lift": {"mean": -0.2, "low": -0.3, "high": -0.1}},
@@ -78,7 +79,7 @@ def test_tensorboard_has_every_step_once_and_the_verdict(tmp_path: Path) -> None
     assert sorted(scalars["other/phase_of_moon"]) == [1, 2, 3, 4]
     assert "other/own_metric" not in scalars
     assert scalars["lift_low/safety"] == pytest.approx({4: -0.3})
-    assert texts["gates/text_summary"] == "fail\n\nsafety fell by more than 5%"
+    assert texts["gates/text_summary"] == "fail, measured fail\n\nsafety fell by more than 5%"
     assert texts["status/text_summary"] == "finished"
     assert '"name": "tracked"' in texts["settings/text_summary"]
 
@@ -104,7 +105,7 @@ def test_mlflow_has_settings_steps_verdict_and_report(tmp_path: Path, mlflow_cli
     (run,) = mlflow_client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tracked-1")
     assert run.data.params["algorithm.name"] == "grpo"
-    assert run.data.tags["verdict"] == "fail"
+    assert (run.data.tags["verdict"], run.data.tags["measured_verdict"]) == ("fail", "fail")
     assert run.data.tags["reasons"] == "safety fell by more than 5%"
     assert run.data.tags["group"] == "team"
     history = mlflow_client.get_metric_history(run.info.run_id, "objectives/love")

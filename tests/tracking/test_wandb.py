@@ -100,7 +100,10 @@ def test_every_registered_metric_is_logged_with_its_axis(tmp_path: Path) -> None
     tracker.log_rollout_samples(3, [])
     tracker.log_comparisons([COMPARISON])
     tracker.update_summary(
-        {"love_rate": {"lift": {"mean": 0.21}}, "gates": {"verdict": "undecided", "reasons": ["love undecided"]}}
+        {
+            "love_rate": {"lift": {"mean": 0.21}},
+            "gates": {"verdict": "undecided", "measured_verdict": "undecided", "reasons": ["love undecided"]},
+        }
     )
     tracker.finish()
     assert not tracker.is_active
