@@ -78,7 +78,7 @@ def _format_phase_diagram(studies: list[dict[str, Any]]) -> list[str]:
     rows = [_format_cell(cells) for cells in zip(*(study["cells"] for study in studies), strict=True)]
     header = [
         "price", "KL weight", "love weight", "nats", "farewells of w0", "farewells", "hacks", "love", "continuing",
-        "monitors that alarm", "gate", "farewells with a mitigation",
+        "monitors that alarm", "measured gate", "farewells with a mitigation",
     ]  # fmt: skip
     return [
         "### Phase diagram of hacking", "",
