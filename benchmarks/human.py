@@ -30,6 +30,7 @@ import logging
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,7 @@ from rluf.errors import DataError
 from rluf.models.hub import resolve_model
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.groups import group_messages
 from rluf.prepare.readers.sources import resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
@@ -76,13 +78,14 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
     """Read the rows of the raw data of an objective or reaction head, each with a weight of 1."""
     kind = DATA_KIND_BY_OBJECTIVE[get_data_objective(objective)]
     rows: list[dict[str, Any]] = []
-    for source in resolve_sources(getattr(settings.data, kind), kind):
-        reader = DATASET_READERS.get(source.entry.reader or "")
-        if reader is None or reader.read_item is None:
-            raise DataError(f"{source.local_path} needs a reader; this benchmark reads public data sets only")
-        for line in itertools.chain.from_iterable(read_line_batches(source.location)):
-            parsed_rows = reader.read_item(json.loads(line.raw), ReaderOptions(0.0))
-            rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
+    with tempfile.TemporaryDirectory() as folder:
+        for source in group_messages(resolve_sources(getattr(settings.data, kind), kind), Path(folder)):
+            reader = DATASET_READERS.get(source.entry.reader or "")
+            if reader is None or reader.read_item is None:
+                raise DataError(f"{source.local_path} needs a reader; this benchmark reads public data sets only")
+            for line in itertools.chain.from_iterable(read_line_batches(source.location)):
+                parsed_rows = reader.read_item(json.loads(line.raw), ReaderOptions(0.0))
+                rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]
         rows = [dict(row, label=get_head_label(objective, row)) for row in select_labeled_rows(objective, rows, "log")]

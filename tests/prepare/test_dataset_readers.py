@@ -98,6 +98,28 @@ def test_pandalm_chooses_by_majority(votes: list[int], chosen: str | None) -> No
         assert row["messages"] == [{"role": "user", "content": "Do\n\nthis"}]
 
 
+def test_feedbackqa_pairs_the_answers_of_a_question_by_their_mean_rating() -> None:
+    answers = [
+        {"question": "Where?", "domain": "WHO", "answer": text, "ratings": ratings}
+        for text, ratings in (
+            ("vague", ["Could be Improved", "Acceptable"]), ("right", ["Excellent", "Acceptable"]),
+            ("off", ["Bad", "Excellent"]),
+        )
+    ]  # fmt: skip
+    read = DATASET_READERS["feedbackqa"].read_item
+    items = read({"messages": answers}, OPTIONS)
+    # Means of 1.5, 2.5 and 1.5.
+    assert [item if isinstance(item, SkippedRow) else (item["chosen"], item["rejected"]) for item in items] == [
+        ("right", "vague"), SkippedRow("tie"), ("right", "off"),
+    ]  # fmt: skip
+    assert len({item["group"] for item in items if isinstance(item, dict)}) == 1
+    assert read({"messages": answers[:1]}, OPTIONS) == [SkippedRow("one answer only")]
+    with pytest.raises(ValueError, match="at least one rating"):
+        read({"messages": [{**answers[0], "ratings": []}]}, OPTIONS)
+    with pytest.raises(KeyError, match="Great"):
+        read({"messages": [{**answers[0], "ratings": ["Great"]}]}, OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("row", "text", "topic"),
     [

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from rluf.config.data import DataSource
@@ -274,11 +274,14 @@ def test_partition_folders_fill_missing_fields(tmp_path: Path, rows: dict[str, R
 )
 @example([b"{"], 1, 1)
 @example([b"{}", b'{"a": 1'], 2, 3)
+@example([b"[]", b"{}"], 1, 2)
 def test_no_line_is_lost_for_any_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, raw_lines: list[bytes], stripe_count: int, chunk_bytes: int
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "log.jsonl"
     path.write_bytes(b"\n".join(raw_lines))
+    # An empty array is an export without rows, not a line.
+    assume(path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip() != b"[]")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(files, "_CHUNK_BYTES", chunk_bytes)
         stripes = [read_lines(path, stripe_index, stripe_count) for stripe_index in range(stripe_count)]

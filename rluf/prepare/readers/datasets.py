@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from rluf.prepare.labels import parse_truth
@@ -218,6 +218,29 @@ def _read_oasst_messages(chat: Mapping[str, Any], options: ReaderOptions) -> Rea
     return items + [SkippedRow("message outside its tree") for rest in replies_by_parent.values() for _ in rest]
 
 
+FEEDBACKQA_SCORES = {"Bad": 0, "Could be Improved": 1, "Acceptable": 2, "Excellent": 3}
+
+
+def _read_feedbackqa(question: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """The answers to one question in pairs: the one with the higher mean of its raters' scores (0 to 3) is chosen."""
+    scored = []
+    for row in question["messages"]:
+        if not row["ratings"]:
+            raise ValueError("ratings must have at least one rating")
+        scored.append((sum(FEEDBACKQA_SCORES[rating] for rating in row["ratings"]) / len(row["ratings"]), row))
+    items: ReaderItems = []
+    for (first_score, first), (second_score, second) in combinations(scored, 2):
+        if first_score == second_score:
+            items.append(SkippedRow("tie"))
+            continue
+        better, worse = (first, second) if first_score > second_score else (second, first)
+        prompt = _build_user_message(first["question"])
+        items.append(
+            _build_preference_row("feedbackqa", prompt, better["answer"], worse["answer"], str(first["domain"]))
+        )
+    return items or [SkippedRow("one answer only")]
+
+
 def _build_preference_row(
     source: str, messages: list[dict[str, str]], chosen: str, rejected: str, topic: str
 ) -> ReaderRow:
@@ -348,6 +371,7 @@ DATASET_READERS = index_readers(
     LogReader("llmfao", "preferences", _read_llmfao),
     LogReader("oasst", "preferences", _read_oasst),
     LogReader("oasst_messages", "preferences", _read_oasst_messages, group_by="message_tree_id"),
+    LogReader("feedbackqa", "preferences", _read_feedbackqa, group_by="question"),
     LogReader("hh", "preferences", None),
     LogReader("ultrafeedback", "preferences", _read_ultrafeedback),
     LogReader("beavertails", "safety", _read_beavertails),

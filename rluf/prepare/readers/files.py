@@ -195,6 +195,9 @@ def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
         try:
             chunks = _read_chunks(_decompress_stream(path, file))
             first_chunk = next(chunks, b"")
+            # A first chunk that is an empty array says nothing yet about a file that goes further.
+            if first_chunk.removeprefix(codecs.BOM_UTF8).strip() == b"[]":
+                first_chunk += next(chunks, b"")
         except (EOFError, zlib.error, OSError) as error:
             yield [RawLine(1, b"", _describe_broken_file(path, error))]
             return
