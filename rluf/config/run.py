@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from rluf.config.base import ADVANCED, SettingsSection, refuse_list
 
 ClusterRole = Literal["rollout", "reward", "learner"]
-MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2, "reward_training": 0.2}
+MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.1, "reward_training": 0.2}
 CPUS_PER_GPU = 1.0
 """Ray CPUs reserved per actor: one per GPU, at least those of its role.
 

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -294,7 +295,14 @@ def test_derived_figures_are_printed() -> None:
     assert "samples per step: 48 = 12 prompts x 4" in text
     assert "estimate from the model's name" in text
     assert "optimizer" in text
-    assert "at once: 1.6 CPU, 0 GPU" in text
+    assert "at once: 1.3 CPU, 0 GPU" in text
+
+
+def test_six_objectives_fit_two_cores() -> None:
+    further = [f"objectives.{name}={{weight: 0.1, source: judge, path: looping}}" for name in ("a", "b", "c")]
+    text = "\n".join(format_derived_figures(settings("reward.shared_backbone_heads=[]", *further)))
+    cpus = re.search(r"at once: ([\d.]+) CPU", text)
+    assert cpus is not None and float(cpus[1]) <= 2.0
 
 
 def test_bytes_have_a_unit() -> None:
