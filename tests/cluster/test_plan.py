@@ -27,7 +27,7 @@ def make_settings(*overrides: str, config: str | None = None) -> Settings:
 def test_quickstart_fits_two_cores() -> None:
     resource_plan = plan_resources(make_settings())
     check_plan(resource_plan, {"CPU": 2.0})
-    assert resource_plan.cpu_count == pytest.approx(1.6)
+    assert resource_plan.cpu_count == pytest.approx(1.3)
     assert resource_plan.gpu_count == 0
     assert len(resource_plan.bundles) == 5
     assert resource_plan.host_bytes < 12 * 2**30
@@ -48,7 +48,7 @@ def test_a_shortage_names_the_requesters_and_ways_out() -> None:
     with pytest.raises(ResourceError) as raised:
         check_plan(plan_resources(make_settings("rollout.engines=8")), {"CPU": 2.0})
     message = str(raised.value)
-    assert "needs 5.1 CPUs, but the cluster has 2" in message
+    assert "needs 4.8 CPUs, but the cluster has 2" in message
     assert "rollout 8 x 0.5" in message
     assert message.count("; ") == 2
     for key in ("rollout.engines", "learner.workers", "RAY_ADDRESS"):
@@ -101,7 +101,7 @@ def test_table_is_plain_without_a_terminal() -> None:
     assert plain.isascii()
     assert "\x1b" not in plain
     assert "love reward" in plain
-    assert "at once: 1.6 CPU, 0 GPU" in plain
+    assert "at once: 1.3 CPU, 0 GPU" in plain
     assert "\x1b" in colored
 
 
